@@ -1,0 +1,625 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The LocMoE decoder: RMSNorm, rotary attention, and a mixture of experts in the layers the config names.
+
+Shapes: B = batch size, Q = sequence length, T = B * Q, d = hidden_size, n = num_experts, k = num_experts_per_tok,
+L = number of MoE layers, S = len(RouterStat).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_locmoe import LocMoeConfig
+from .distributed.router_scope import RouterScope
+from .moe.baseline_gates import HashGate, SwitchGate
+from .moe.experts import LocMoeExperts, LocMoeGatedExperts
+from .moe.gate import LocMoeGate
+from .moe.losses import load_balancing_loss, locality_loss
+from .moe.overflow import CapacityRule, limit_to_capacity
+from .moe.routing import Router, RouterStat, router_statistics
+from .pretrained_io import SafePretrainedMixin
+
+
+GATES: dict[str, type[Router]] = {"locmoe": LocMoeGate, "switch": SwitchGate, "hash": HashGate}
+
+
+@dataclass
+class LocMoeModelOutputWithPast(MoeModelOutputWithPast):
+    """
+    Adds to [`~transformers.modeling_outputs.MoeModelOutputWithPast`]:
+
+    Args:
+        router_stats (`torch.Tensor` of shape `(L, S, n)`, *optional*): Float32 sums over this rank's tokens, rows named by
+            [`RouterStat`]. In training, or with `output_router_stats=True`.
+        router_hidden_sum (`torch.Tensor` of shape `(L, d)`, *optional*): Sums of the hidden states, with `gate_centering`.
+    """
+
+    router_stats: torch.Tensor | None = None
+    router_hidden_sum: torch.Tensor | None = None
+
+
+@dataclass
+class LocMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """
+    Adds to [`~transformers.modeling_outputs.MoeCausalLMOutputWithPast`] what
+    [`LocMoeModelOutputWithPast`] has (without gradient), and:
+
+    Args:
+        router_aux_loss (`torch.Tensor`, *optional*): Load-balancing loss, mean over layers, without its coefficient.
+            `aux_loss` is the same, under the name other models give it.
+        locality_loss (`torch.Tensor`, *optional*): Locality loss, mean over layers, without its coefficient.
+    """
+
+    router_aux_loss: torch.Tensor | None = None
+    locality_loss: torch.Tensor | None = None
+    router_stats: torch.Tensor | None = None
+    router_hidden_sum: torch.Tensor | None = None
+
+
+class LocMoeMLP(nn.Module):
+    """A dense feed-forward network with the experts' activation, gated or not."""
+
+    def __init__(self, config: LocMoeConfig, intermediate_size: int):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False) if config.gated_mlp else None
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(hidden_states)
+        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
+        return self.down_proj(inner)
+
+
+class LocMoeSparseMoeBlock(nn.Module):
+    """Gate, capacity, experts; `forward` returns the (B, Q, d) output and, if asked, the layer's statistics."""
+
+    def __init__(self, config: LocMoeConfig, layer_idx: int):
+        super().__init__()
+        self.gate = GATES[config.gate_type](config, layer_idx)
+        self.capacity_rule = CapacityRule(config)
+        self.capacity_overflow = config.capacity_overflow
+        self.experts = (LocMoeGatedExperts if config.gated_mlp else LocMoeExperts)(config)
+        self.shared_experts = None
+        if config.num_shared_experts:
+            self.shared_experts = LocMoeMLP(config, config.num_shared_experts * config.moe_intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        domain_ids: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        output_router_stats: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        tokens = hidden_states.flatten(0, 1)
+        input_ids, domain_ids, token_mask = (
+            None if ids is None else ids.flatten() for ids in (input_ids, domain_ids, token_mask)
+        )
+        logits, weights, wanted = self.gate(tokens, input_ids, domain_ids)
+        index, dropped, rerouted = wanted, None, None
+        capacity = self.capacity_rule.capacity(tokens.shape[0])
+        if capacity is not None:
+            index, weights, dropped, rerouted = limit_to_capacity(
+                wanted, weights, logits, capacity, self.capacity_overflow, token_mask
+            )
+        self.experts.expert_capacity = capacity
+        output = self.experts(tokens, index, weights.to(tokens.dtype))
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(tokens)
+        output = output.view_as(hidden_states)
+        if not output_router_stats:
+            return (output,)
+        quantile = self.capacity_rule.quantile if self.capacity_rule.measures_cosines else None
+        stats = router_statistics(self.gate, tokens, logits, wanted, token_mask, dropped, rerouted, quantile)
+        if not getattr(self.gate, "uses_centering", False):
+            return output, stats
+        with torch.no_grad():
+            counted = tokens.float() if token_mask is None else tokens.float() * token_mask.unsqueeze(-1)
+            return output, stats, counted.sum(dim=0)
+
+
+class LocMoeAttention(nn.Module):
+    """Grouped-query attention with rotary positions; q/k norm over a head or over the projection, clipping on request."""
+
+    def __init__(self, config: LocMoeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_size = config.num_attention_heads * self.head_dim
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        if config.qk_norm is not None:
+            per_head = config.qk_norm == "head"
+            self.q_norm = LlamaRMSNorm(self.head_dim if per_head else query_size, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim if per_head else key_value_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        per_head = (*input_shape, -1, self.head_dim)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.config.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.config.clip_qkv is not None:
+            clip = self.config.clip_qkv
+            query, key, value = (states.clamp(-clip, clip) for states in (query, key, value))
+        query, key, value = query.view(per_head), key.view(per_head), value.view(per_head)
+        if self.config.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.config.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+
+
+class LocMoeDecoderLayer(GradientCheckpointingLayer):
+    """
+    Attention and feed-forward. `forward` returns the hidden states, and from a MoE layer that was asked for statistics a
+    tuple `(hidden_states, router_stats)` or `(hidden_states, router_stats, router_hidden_sum)`: they are outputs of the
+    layer, so activation checkpointing of either kind neither loses their gradient nor counts them twice.
+    """
+
+    def __init__(self, config: LocMoeConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = LocMoeAttention(config, layer_idx)
+        self.is_sparse = layer_idx in config.sparse_layers
+        self.mlp = LocMoeSparseMoeBlock(config, layer_idx) if self.is_sparse else LocMoeMLP(config, config.intermediate_size)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        input_ids: torch.Tensor | None = None,
+        domain_ids: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        output_router_stats: bool = False,
+        **kwargs,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        attn_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attn_output
+        normed = self.post_attention_layernorm(hidden_states)
+        if not self.is_sparse:
+            return hidden_states + self.mlp(normed)
+        output, *statistics = self.mlp(normed, input_ids, domain_ids, token_mask, output_router_stats)
+        hidden_states = hidden_states + output
+        return (hidden_states, *statistics) if statistics else hidden_states
+
+
+class LocMoePreTrainedModel(SafePretrainedMixin, PreTrainedModel):
+    """What the models share: initial weights, router losses and the router state that is not learned by gradient."""
+
+    config: LocMoeConfig
+    config_class = LocMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LocMoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = [
+        "e_score_correction_bias",
+        "hidden_mean",
+        "hidden_mean_updates",
+        "rotation",
+        "capacity_rule",
+    ]
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(Router, index=0),
+        "hidden_states": LocMoeDecoderLayer,
+        "attentions": LocMoeAttention,
+    }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in this file's source; the experts are in moe/experts.py
+        return True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for block in model.sparse_blocks:
+            block.capacity_rule.refresh()
+        return loaded
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, LocMoeExperts | LocMoeGatedExperts):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=std)
+        elif isinstance(module, SwitchGate):
+            init.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, Router | CapacityRule):
+            module.reset_buffers(init.copy_)
+
+    @property
+    def sparse_blocks(self) -> list[LocMoeSparseMoeBlock]:
+        """The MoE blocks, in the order of the layers of `router_stats`."""
+        return [module for module in self.modules() if isinstance(module, LocMoeSparseMoeBlock)]
+
+    def router_losses(self, router_stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The load-balancing and the locality loss of a batch, means over the MoE layers, without their coefficients. Over the
+        tokens of all ranks, or of this one (`config.router_loss_scope`); the locality loss over those of this node, or of
+        this rank. A collective with the first scope: all ranks call it.
+
+        Args:
+            router_stats (`torch.Tensor` of shape `(L, S, n)`): This rank's statistics.
+
+        Returns:
+            Two `torch.Tensor` scalars, float32.
+        """
+        scope = self.base_model.router_scope
+        sums = router_stats[:, [RouterStat.PROB_SUM, RouterStat.TOKENS]]
+        over_all, over_node = scope.reduce(sums) if self.config.router_loss_scope == "global" else (sums, sums)
+        (prob_sum, tokens), node_prob_sum = over_all.unbind(dim=1), over_node[:, 0]
+        num_tokens, num_node_tokens = (counts[:, 1].sum(dim=-1) / self.config.num_experts_per_tok for counts in (over_all, over_node))
+        router_aux_loss = load_balancing_loss(prob_sum, tokens, num_tokens).mean()
+        near = scope.node_local_experts
+        if near is None:
+            return router_aux_loss, torch.zeros_like(router_aux_loss)
+        near = near.to(node_prob_sum.device)
+        locality = locality_loss(node_prob_sum, num_node_tokens, near, self.config.locality_remote_share)
+        return router_aux_loss, locality.mean()
+
+    def weighted_router_loss(self, router_aux_loss: torch.Tensor, locality: torch.Tensor) -> torch.Tensor:
+        """`L_aux + L_loc` with their coefficients (eq. 5-7)."""
+        return self.config.router_aux_loss_coef * router_aux_loss + self.config.locality_loss_coef * locality
+
+    @torch.no_grad()
+    def update_router_state(
+        self, router_stats: torch.Tensor, router_hidden_sum: torch.Tensor | None = None
+    ) -> None:
+        """
+        Moves the router state that no gradient reaches: balance bias, centring, measured capacity. To be called once per
+        optimizer step; with Trainer a callback does it.
+
+        Args:
+            router_stats (`torch.Tensor` of shape `(L, S, n)`): The outputs of that name, summed over the step's
+                micro-batches and over all ranks.
+            router_hidden_sum (`torch.Tensor` of shape `(L, d)`, *optional*): Likewise.
+        """
+        blocks = self.sparse_blocks
+        if router_stats.shape[0] != len(blocks):
+            raise ValueError(
+                f"`router_stats` has {router_stats.shape[0]} layers and the model {len(blocks)} MoE layers: pass the "
+                f"`router_stats` that this model returned."
+            )
+        for layer, block in enumerate(blocks):
+            hidden_sum = None if router_hidden_sum is None else router_hidden_sum[layer]
+            block.gate.update_state(router_stats[layer, RouterStat.TOKENS], hidden_sum)
+            block.capacity_rule.update_state(router_stats[layer])
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for block in self.sparse_blocks:
+            if isinstance(block.gate, HashGate):
+                block.gate.resize(embeddings.num_embeddings)
+        return embeddings
+
+
+class LocMoeModel(LocMoePreTrainedModel):
+    """The decoder without a head. `router_scope` says which ranks share router statistics and which experts are near."""
+
+    def __init__(self, config: LocMoeConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(LocMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.router_scope = RouterScope()
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        domain_ids: torch.LongTensor | None = None,
+        output_router_stats: bool | None = None,
+        **kwargs,
+    ) -> LocMoeModelOutputWithPast:
+        """
+        As other transformers decoders, and:
+
+        Args:
+            domain_ids (`torch.LongTensor` of shape `(B,)` or `(B, Q)`, *optional*): The expert group of each sample or
+                token, from 0 to `num_expert_groups - 1` (two-level routing).
+            output_router_stats (`bool`, *optional*): Whether to return `router_stats`; in training only if not given.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        _check_ids("input_ids", input_ids, "the vocabulary (`vocab_size`)", self.embed_tokens.num_embeddings)
+        _check_ids("domain_ids", domain_ids, "`num_expert_groups`", self.config.num_expert_groups)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        shape = inputs_embeds.shape[:2]
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        causal_mask = make_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if output_router_stats is None:
+            output_router_stats = self.config.output_router_stats
+        if output_router_stats is None:
+            output_router_stats = self.training
+        token_mask = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -shape[1] :].bool()
+        if domain_ids is not None:
+            domain_ids = domain_ids.view(shape[0], -1).expand(shape)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        statistics = []
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                input_ids=input_ids,
+                domain_ids=domain_ids,
+                token_mask=token_mask,
+                output_router_stats=output_router_stats,
+                **kwargs,
+            )
+            if isinstance(hidden_states, tuple):
+                hidden_states, *layer_statistics = hidden_states
+                statistics.append(layer_statistics)
+        stacked = [torch.stack(rows) for rows in zip(*statistics, strict=True)]
+        return LocMoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            router_stats=stacked[0] if stacked else None,
+            router_hidden_sum=stacked[1] if len(stacked) > 1 else None,
+        )
+
+
+class LocMoeForCausalLM(LocMoePreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head, whose training loss includes the router losses (eq. 7)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: LocMoeConfig):
+        super().__init__(config)
+        self.model = LocMoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        domain_ids: torch.LongTensor | None = None,
+        output_router_stats: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> LocMoeCausalLMOutputWithPast:
+        """
+        As other transformers causal language models; see [`LocMoeModel.forward`] for `domain_ids` and
+        `output_router_stats`. In training the loss is the cross-entropy plus the router losses; in evaluation it is the
+        cross-entropy alone, so `exp(loss)` is the perplexity.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            domain_ids=domain_ids,
+            output_router_stats=output_router_stats,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+
+        router_aux_loss = locality = None
+        if outputs.router_stats is not None:
+            router_aux_loss, locality = self.router_losses(outputs.router_stats)
+            if loss is not None and self.training:
+                share = _share_of_step(labels, **kwargs)
+                loss = loss + share * self.weighted_router_loss(router_aux_loss, locality).to(loss.device)
+            outputs.router_stats = outputs.router_stats.detach()
+        return LocMoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            aux_loss=router_aux_loss,
+            router_aux_loss=router_aux_loss,
+            locality_loss=locality,
+            router_stats=outputs.router_stats,
+            router_hidden_sum=outputs.router_hidden_sum,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+def _add_router_losses(forward: Callable) -> Callable:
+    """Wraps the forward of one of transformers' generic heads, which drop what they do not know of the decoder's output."""
+
+    @can_return_tuple
+    @wraps(forward)
+    def forward_with_router_losses(self, *args, **kwargs):
+        recorded: list[LocMoeModelOutputWithPast] = []
+        hook = self.base_model.register_forward_hook(lambda module, inputs, outputs: recorded.append(outputs))
+        try:
+            outputs = forward(self, *args, **kwargs)
+        finally:
+            hook.remove()
+        router_stats = recorded[0].router_stats
+        if router_stats is not None:
+            router_aux_loss, locality = self.router_losses(router_stats)
+            if outputs.loss is not None and self.training:
+                outputs.loss = outputs.loss + self.weighted_router_loss(router_aux_loss, locality).to(outputs.loss.device)
+            outputs["router_aux_loss"], outputs["locality_loss"] = router_aux_loss, locality
+            outputs["router_stats"] = router_stats.detach()
+            if recorded[0].router_hidden_sum is not None:
+                outputs["router_hidden_sum"] = recorded[0].router_hidden_sum
+        return outputs
+
+    return forward_with_router_losses
+
+
+class LocMoeForSequenceClassification(GenericForSequenceClassification, LocMoePreTrainedModel):
+    """The decoder with a classification head on the last token; the training loss includes the router losses."""
+
+    # the loss is a mean over this batch, so Trainer has to divide by the accumulation steps
+    accepts_loss_kwargs = False
+    forward = _add_router_losses(GenericForSequenceClassification.forward)
+
+
+class LocMoeForTokenClassification(GenericForTokenClassification, LocMoePreTrainedModel):
+    """The decoder with a classification head on every token; the training loss includes the router losses."""
+
+    accepts_loss_kwargs = False
+    forward = _add_router_losses(GenericForTokenClassification.forward)
+
+
+def _share_of_step(labels: torch.Tensor, num_items_in_batch=None, shift_labels=None, **kwargs) -> torch.Tensor | float:
+    """
+    The weight of this micro-batch's router losses: 1 where the loss is a mean over it, and its share of the step's targets
+    where the loss is a sum divided by `num_items_in_batch`, so that the shares of a step's micro-batches and ranks add up
+    to what the cross-entropy's do.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    num_targets = (targets != -100).sum()
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(num_targets.device)
+    return num_targets / num_items_in_batch
+
+
+def _check_ids(name: str, ids: torch.Tensor | None, of_what: str, limit: int) -> None:
+    """Stops ids out of range with their name; on an accelerator without a host synchronisation."""
+    if ids is None or ids.numel() == 0 or ids.is_meta or torch.compiler.is_compiling():
+        return
+    in_range = (ids.min() >= 0) & (ids.max() < limit)
+    rule = f"must be from 0 to {limit - 1}, the last entry of {of_what}"
+    if ids.device.type == "cpu":
+        if not in_range:
+            raise ValueError(
+                f"`{name}` hold {int(ids.min())} to {int(ids.max())} and {rule}: check that the tokenizer and the data "
+                f"belong to this checkpoint."
+            )
+    else:
+        torch._assert_async(in_range, f"`{name}` {rule}")
+
+
+__all__ = [
+    "LocMoeForCausalLM",
+    "LocMoeForSequenceClassification",
+    "LocMoeForTokenClassification",
+    "LocMoeModel",
+    "LocMoePreTrainedModel",
+]

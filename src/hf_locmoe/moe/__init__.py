@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one rank computes: gate, losses, capacity, experts."""

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that touches transformers' Auto classes and registries."""
+
+from __future__ import annotations
+
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .configuration_locmoe import LocMoeConfig
+from .modeling_locmoe import (
+    LocMoeForCausalLM,
+    LocMoeForSequenceClassification,
+    LocMoeForTokenClassification,
+    LocMoeModel,
+)
+from .moe.experts import capacity_bmm_experts_forward
+
+
+MODEL_CLASSES = {
+    AutoModel: LocMoeModel,
+    AutoModelForCausalLM: LocMoeForCausalLM,
+    AutoModelForSequenceClassification: LocMoeForSequenceClassification,
+    AutoModelForTokenClassification: LocMoeForTokenClassification,
+}
+
+
+def register() -> None:
+    """
+    Makes `AutoConfig`, `AutoModel` and the task classes know `model_type: locmoe`, and transformers the experts
+    implementation `"capacity_bmm"`. Idempotent.
+    """
+    AutoConfig.register(LocMoeConfig.model_type, LocMoeConfig, exist_ok=True)
+    for auto_class, model_class in MODEL_CLASSES.items():
+        auto_class.register(LocMoeConfig, model_class, exist_ok=True)
+    ALL_EXPERTS_FUNCTIONS.register("capacity_bmm", capacity_bmm_experts_forward)
+    # `transformers serve` and TRL look `config.architectures[0]` up as an attribute of the transformers module
+    for model_class in MODEL_CLASSES.values():
+        setattr(transformers, model_class.__name__, model_class)
+
+
+__all__ = ["register"]
