@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long is a training step on several nodes, and how many bytes cross between them, in each layout?
+
+`python -m benchmarks.bench_step` builds the emulated cluster, trains the same model on the same text in every layout, and
+writes `results/step_*.{json,md}`. All layouts live in the same processes and take turns step by step, so that whatever
+else the machine does hits them alike; who goes first rotates. Before a speed is printed, every layout's losses must
+agree with those of one process that trains on the whole batch.
+
+Bytes are those of the nodes' own interfaces; seconds are the slowest rank's, between two barriers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import workload
+from benchmarks.cluster import Cluster, Counters, Link, run_on_nodes
+from benchmarks.record import Load, Record, Spread
+from benchmarks.step_variants import VARIANTS, Variant, build, build_single, is_available
+
+
+LOSS_RTOL = 1e-4  # fp32, tens of optimizer steps: summation order differs, nothing else may
+UNSHAPED = "unshaped"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything that decides what is computed. Tokens a step and rank: `sequences_per_rank * sequence_length`."""
+
+    nodes: int = 2
+    ranks_per_node: int = 2
+    architecture: str = "olmoe"
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    moe_intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_experts: int = 8
+    num_experts_per_tok: int = 1
+    sequences_per_rank: int = 4
+    sequence_length: int = 256
+    lr: float = 1e-3
+    seed: int = 0
+    warmup: int = 3
+    repeats: int = 20
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def steps(self) -> int:
+        return self.warmup + self.repeats
+
+    def batches(self) -> torch.Tensor:
+        """(steps, world_size * sequences_per_rank, sequence_length) int64, the same in every process."""
+        stream = workload.token_stream(workload.standard_library_text(), self.vocab_size)
+        size = self.world_size * self.sequences_per_rank
+        return workload.batches(stream, size, self.sequence_length, self.steps, self.seed)
+
+
+def one_process_losses(setup: Setup) -> list[float]:
+    """The truth: one process takes the same steps on the whole batch, the ranks' parts as micro-batches."""
+    model = build_single(setup)
+    optimizer = workload.optimizer_for(model, setup.lr)
+    losses = []
+    for batch in setup.batches():
+        total = 0.0
+        for part in batch.chunk(setup.world_size):
+            loss = model(input_ids=part, labels=part).loss / setup.world_size
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+def worker(setup: Setup, variants: list[Variant], output: Path) -> None:
+    """One rank: all variants, taking turns. Rank 0 writes what was measured."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank, rounds = dist.get_rank(), setup.batches()
+    models = {variant.name: build(variant, setup) for variant in variants}
+    optimizers = {name: workload.optimizer_for(model, setup.lr) for name, model in models.items()}
+    seconds = {name: [] for name in models}
+    sent = {name: [] for name in models}
+    losses = {name: [] for name in models}
+
+    for index, batch in enumerate(rounds):
+        part = batch.chunk(setup.world_size)[rank]
+        first = index % len(variants)
+        for variant in variants[first:] + variants[:first]:
+            model, optimizer = models[variant.name], optimizers[variant.name]
+            dist.barrier()
+            before, started = Counters.read(), time.perf_counter()
+            loss = model(input_ids=part, labels=part).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            elapsed = time.perf_counter() - started
+            dist.barrier()
+            sent[variant.name].append((Counters.read() - before).tx_bytes)
+            seconds[variant.name].append(elapsed)
+            losses[variant.name].append(loss.item())
+
+    mine = {"seconds": seconds, "sent": sent, "losses": losses}
+    everyone = [None] * setup.world_size
+    dist.all_gather_object(everyone, mine)
+    if rank == 0:
+        output.write_text(json.dumps({name: _merge(name, everyone, setup) for name in models}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _merge(name: str, everyone: list[dict], setup: Setup) -> dict[str, list[float]]:
+    """Per step: the slowest rank's seconds, the busiest node's bytes, the mean loss."""
+
+    def per_step(key):
+        return list(zip(*(rank[key][name] for rank in everyone), strict=True))
+
+    # the ranks of a node read the same interface a moment apart: the first rank of each node speaks for it
+    return {
+        "seconds": [max(step) for step in per_step("seconds")],
+        "sent": [max(step[:: setup.ranks_per_node]) for step in per_step("sent")],
+        "losses": [statistics.fmean(step) for step in per_step("losses")],
+    }
+
+
+def measure(setup: Setup, variants: list[Variant], links: list[Link]) -> dict[str, dict]:
+    """Per link and variant what `_merge` gives; the cluster is built once and its links reshaped."""
+    measured = {}
+    with tempfile.TemporaryDirectory() as scratch, Cluster(setup.nodes, links[0]) as cluster:
+        for link in links:
+            cluster.shape(link)
+            output = Path(scratch, "measured.json")
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "-m",
+                "benchmarks.bench_step",
+                "--worker",
+                output,
+            ]
+            command += ["--variants", *(variant.name for variant in variants), "--setup"]
+            command.append(json.dumps(dataclasses.asdict(setup)))
+            result = run_on_nodes(cluster, list(map(str, command)), setup.ranks_per_node, timeout_s=3600)
+            if result.status:
+                raise RuntimeError(f"the run at {link} failed with status {result.status}:\n{result.text()}")
+            measured[str(link)] = json.loads(output.read_text())
+    return measured
+
+
+def largest_difference(losses: list[float], truth: list[float]) -> float:
+    """Largest relative difference between two loss trajectories."""
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, truth, strict=True))
+
+
+def rows(setup: Setup, variants: list[Variant], links: list[Link], measured: dict, truth: list[float]) -> list[dict]:
+    """One row per variant; a variant whose losses differ from the truth gets no speed."""
+    table = []
+    for variant in variants:
+        row = {"variant": variant.name, "layout": variant.layout, "exchange": variant.exchange}
+        row["loss_difference"] = max(
+            largest_difference(measured[str(k)][variant.name]["losses"], truth) for k in links
+        )
+        table.append(row)
+        if not row["loss_difference"] <= LOSS_RTOL:
+            row["correct"] = False
+            continue
+        row["correct"] = True
+        for link in links:
+            one = measured[str(link)][variant.name]
+            row[f"seconds {link}"] = Spread.of(one["seconds"][setup.warmup :])
+            row[f"sent {link}"] = statistics.median(one["sent"][setup.warmup :]) / 1e6
+            if link.bytes_per_s:
+                row[f"wire {link}"] = row[f"sent {link}"] * 1e6 / link.bytes_per_s
+    for link in links:
+        _compare_with_upstream(setup, variants, table, str(link), measured[str(link)])
+    return table
+
+
+def _compare_with_upstream(
+    setup: Setup, variants: list[Variant], table: list[dict], link: str, measured: dict
+) -> None:
+    """Ratio to the fastest upstream layout at this link: the median of the ratios of steps on the same batch."""
+    upstream = {variant.name for variant in variants if variant.upstream}
+    right = [row for row in table if row["correct"]]
+    best = min(
+        (row for row in right if row["variant"] in upstream),
+        key=lambda row: row[f"seconds {link}"].median,
+        default=None,
+    )
+    if best is None:
+        return
+    base = measured[best["variant"]]["seconds"][setup.warmup :]
+    for row in right:
+        own = measured[row["variant"]]["seconds"][setup.warmup :]
+        row[f"ratio {link}"] = statistics.median(a / b for a, b in zip(own, base, strict=True))
+
+
+def report(setup: Setup, links: list[Link], table: list[dict], load: Load, raw: dict, command: str) -> Record:
+    columns = {"variant": "", "layout": "layout", "exchange": "expert exchange", "sent_mb": "MB a node sends a step"}
+    for link in links:
+        columns |= {f"seconds {link}": f"s/step {link} (quartiles)", f"ratio {link}": "to best upstream"}
+        columns |= {f"wire {link}": "of it, s for the bytes alone"} if link.bytes_per_s else {}
+    columns["loss_difference"] = "largest loss difference to one process"
+    for row in table:
+        if row["correct"]:
+            row["sent_mb"] = f"{row[f'sent {links[0]}']:.1f}"
+        row["loss_difference"] = f"{row['loss_difference']:.1e}" + ("" if row["correct"] else " WRONG, no speed")
+    return Record(
+        theme=f"step_{setup.architecture}_top{setup.num_experts_per_tok}",
+        question=__doc__.splitlines()[0],
+        config={**dataclasses.asdict(setup), "links": [str(link) for link in links]},
+        command=command,
+        rows=table,
+        columns=columns,
+        notes=[
+            "Emulated nodes on one machine: the links' rates are real, their latency is not, and all ranks share the "
+            "machine's cores. Compare within a column only; differences below some 5 % are noise.",
+            "'s for the bytes alone' is bytes over rate: what the link would take if nothing else took time.",
+            "gloo's reduce_scatter sends as much as an all_reduce, so the bytes of sharded layouts are higher than "
+            "NCCL's would be.",
+        ],
+        load=load.result(),
+        extra={"raw": raw},
+    )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--links", nargs="+", default=[UNSHAPED, "1gbit", "200mbit"])
+    parser.add_argument("--variants", nargs="+", default=None, choices=list(VARIANTS), help="default: all that exist")
+    for field in dataclasses.fields(Setup):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    parser.add_argument("--hardware", default=f"emulated-{os.cpu_count()}core", help="part of the results' file name")
+    parser.add_argument("--output", type=Path, help="directory of the results (default: benchmarks/results)")
+    parser.add_argument("--dry", action="store_true", help="print, write nothing")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--setup", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.worker:
+        setup = Setup(**json.loads(args.setup))
+        worker(setup, [VARIANTS[name] for name in args.variants], args.worker)
+        return 0
+
+    setup = Setup(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Setup)})
+    variants = [v for v in VARIANTS.values() if (v.name in args.variants if args.variants else is_available(v, setup))]
+    links = [Link(None if rate == UNSHAPED else rate) for rate in args.links]
+    truth = one_process_losses(setup)
+    with Load() as load:
+        measured = measure(setup, variants, links)
+    table = rows(setup, variants, links, measured, truth)
+    command = " ".join(["python -m benchmarks.bench_step", *(argv if argv is not None else sys.argv[1:])])
+    record = report(setup, links, table, load, {"truth": truth, **measured}, command)
+    print(record.table())
+    if not args.dry:
+        print(record.write(args.hardware, **({"directory": args.output} if args.output else {})))
+    return 0 if all(row["correct"] for row in table) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
