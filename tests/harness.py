@@ -114,7 +114,9 @@ def run_ranks(
                 options = {"init": init, "backend": backend, "timeout_s": timeout_s, "log": str(logs[rank])}
                 ranks.append(_start(rank, call, environ, options))
             results = _collect(ranks, logs, timeout_s, frozenset(may_die))
-            teardown_s = _TEARDOWN_S  # all is well: the ranks may close their groups; otherwise they are killed at once
+            teardown_s = (
+                _TEARDOWN_S  # all is well: the ranks may close their groups; otherwise they are killed at once
+            )
             return results
         finally:
             _end(ranks, teardown_s)
@@ -151,7 +153,9 @@ def _start(rank: int, call: bytes, environ: dict[str, str], options: dict[str, A
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     ours, theirs = context.Pipe()
-    process = context.Process(target=_rank_main, args=(call, environ, options, theirs), name=f"rank{rank}", daemon=False)
+    process = context.Process(
+        target=_rank_main, args=(call, environ, options, theirs), name=f"rank{rank}", daemon=False
+    )
     process.start()
     theirs.close()
     return _Rank(rank, process, ours)

@@ -132,7 +132,7 @@ def test_what_a_rank_started_ends_with_it(tmp_path):
 
 
 def test_a_result_that_cannot_be_pickled_is_said_so():
-    with pytest.raises(RankError, match="(?i)pickle|local object"):
+    with pytest.raises(RankError, match=r"(?i)pickle|local object"):
         run_ranks(_unpicklable, 1, init=False)
 
 
