@@ -58,8 +58,8 @@ def _parent_of(pid: int) -> int:
 def pid_of_rank(namespaces: list[str], rank: int) -> int | None:
     """The process that a launcher started with `RANK=rank`, not the workers that inherited its environment."""
     candidates = {pid for pid in processes_in(namespaces) if _environment_of(pid).get("RANK") == str(rank)}
-    with contextlib.suppress(OSError):
-        for pid in sorted(candidates):
+    for pid in sorted(candidates):
+        with contextlib.suppress(OSError):
             if _parent_of(pid) not in candidates:
                 return pid
     return None
