@@ -103,7 +103,7 @@ class HashGate(Router):
                 "use `gate_type='locmoe'`."
             )
         index = self.expert_of_token[input_ids]
-        if domain_mask(domain_ids, self.num_experts, self.num_expert_groups) is not None:
+        if domain_mask(domain_ids, self.num_experts, self.num_expert_groups, self.top_k) is not None:
             group_size = self.num_experts // self.num_expert_groups
             index = index % group_size + group_size * domain_ids.unsqueeze(-1)
         shape = (hidden_states.shape[0], self.num_experts)

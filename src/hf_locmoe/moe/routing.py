@@ -91,7 +91,7 @@ class Router(nn.Module):
             affinity = self.affinity(hidden_states.float(), input_ids)
             if self.training and self.noise_std > 0:
                 affinity = affinity + self.noise_std * torch.randn_like(affinity)
-            allowed = domain_mask(domain_ids, self.num_experts, self.num_expert_groups)
+            allowed = domain_mask(domain_ids, self.num_experts, self.num_expert_groups, self.top_k)
             if allowed is not None:
                 affinity = affinity.masked_fill(~allowed, float("-inf"))
             logits = affinity.relu().masked_fill(affinity.isneginf(), float("-inf")) if self.use_relu else affinity
@@ -122,11 +122,20 @@ class Router(nn.Module):
             self.e_score_correction_bias += (step - step.mean()).to(self.e_score_correction_bias.dtype)
 
 
-def domain_mask(domain_ids: torch.Tensor | None, num_experts: int, num_groups: int) -> torch.Tensor | None:
+def domain_mask(
+    domain_ids: torch.Tensor | None, num_experts: int, num_groups: int, top_k: int = 1
+) -> torch.Tensor | None:
     """(T,) domain ids to the (T, n) boolean mask of the experts in each token's group; None where there is no choice."""
     if domain_ids is None or num_groups == 1:
         return None
-    group_of_expert = torch.arange(num_experts, device=domain_ids.device) // (num_experts // num_groups)
+    group_size = num_experts // num_groups
+    if top_k > group_size:
+        raise ValueError(
+            f"`num_experts_per_tok` ({top_k}) must be at most the {group_size} experts of a group where the batch has "
+            f"`domain_ids`, which take a token to one of the `num_expert_groups` ({num_groups}): leave `domain_ids` out, "
+            f"or lower `num_experts_per_tok` or `num_expert_groups`."
+        )
+    group_of_expert = torch.arange(num_experts, device=domain_ids.device) // group_size
     return group_of_expert == domain_ids.unsqueeze(-1)
 
 
