@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.trainer import DEFAULT_CALLBACKS
 
 from .configuration_locmoe import LocMoeConfig
 from .modeling_locmoe import (
@@ -21,6 +22,7 @@ from .modeling_locmoe import (
     LocMoeModel,
 )
 from .moe.experts import capacity_bmm_experts_forward
+from .training.telemetry import RouterStateCallback, RoutingStatsCallback
 
 
 MODEL_CLASSES = {
@@ -43,6 +45,10 @@ def register() -> None:
     # `transformers serve` and TRL look `config.architectures[0]` up as an attribute of the transformers module
     for model_class in MODEL_CLASSES.values():
         setattr(transformers, model_class.__name__, model_class)
+    # ahead of the trackers' callbacks, which read the logs these two write
+    for callback in (RouterStateCallback, RoutingStatsCallback):
+        if callback not in DEFAULT_CALLBACKS:
+            DEFAULT_CALLBACKS.append(callback)
 
 
 __all__ = ["register"]
