@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The expert-parallel implementation "locmoe" that transformers calls.
+
+`DistributedConfig(..., ep_implementation="locmoe")` selects it for every transformers MoE with an
+`ep_dispatch_experts` plan: this file fits `dispatch.py` and `overlap.py` into transformers' `EPImplementation`.
+
+What a run may choose is in [`ExpertParallelOptions`]. It is set once, before the model is built, with
+[`set_expert_parallel_options`]; without that, from `LOCMOE_*` variables.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.distributed.expert_parallel import EPImplementation
+
+from .dispatch import Capacity, FanOut, Peers, plan_dispatch
+from .launch_environment import RANKS_PER_NODE_VARIABLE
+from .overlap import CostModel, run_sliced
+from .recomputation import Recomputation
+from .topology import NodeTopology
+
+
+_WIRE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class ExpertParallelOptions:
+    """
+    What a run may choose about expert parallelism. Nothing here changes the checkpoint.
+
+    Args:
+        slices (`int` or `"auto"`, *optional*, defaults to `"auto"`):
+            Parts that a layer's tokens are cut into in training, so that transfers run under the experts'
+            computation. `"auto"` decides at the first training step from sizes and measured rates, and takes 1 where
+            slicing does not help. Evaluation and generation are never sliced.
+        fan_out (`"auto"`, `"node"` or `"rank"`, *optional*, defaults to `"auto"`):
+            `"node"` sends one copy of a token to each node and hands it on inside, `"rank"` one to each rank.
+        wire_dtype (`"float32"`, `"bfloat16"`, `"float16"`, *optional*):
+            Dtype of tokens, outputs and their gradients under way. Sums are in float32 whatever it is, routing
+            weights and their gradients travel unchanged. The tensors' own dtype when left out.
+        capacity_factor (`float`, *optional*):
+            Fixed shapes in training: room for this factor times the expected rows for each rank; what does not fit is
+            dropped. No sizes are exchanged, nothing is read back to the host. Dropless when left out.
+        max_tokens_per_rank (`int`, *optional*):
+            Most tokens a rank has in one forward, needed with `capacity_factor`: shapes must be the same on all ranks.
+        remote_share (`float`, *optional*):
+            Share of the assignments that is expected to leave its node, which sizes the two tiers of room under
+            `capacity_factor`. The share under uniform routing when left out.
+        backend (`str`, *optional*):
+            Process-group backend for the exchanges, for example `"locmoe"`; the mesh's own group when left out.
+    """
+
+    slices: int | Literal["auto"] = "auto"
+    fan_out: Literal["auto", "node", "rank"] = "auto"
+    wire_dtype: str | None = None
+    capacity_factor: float | None = None
+    max_tokens_per_rank: int | None = None
+    remote_share: float | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.slices != "auto" and (not isinstance(self.slices, int) or self.slices < 1):
+            raise ValueError(f'`slices` ({self.slices}) must be "auto" or at least 1: set 1 to turn slicing off.')
+        if self.fan_out not in ("auto", *get_args(FanOut)):
+            raise ValueError(f'`fan_out` ({self.fan_out}) must be "auto", "node" or "rank": use one of these.')
+        if self.wire_dtype is not None and self.wire_dtype not in _WIRE_DTYPES:
+            raise ValueError(
+                f"`wire_dtype` ({self.wire_dtype}) must be one of {', '.join(_WIRE_DTYPES)}: use one of these, or "
+                "leave it out for the tensors' own."
+            )
+        if self.capacity_factor is None:
+            return
+        if self.capacity_factor <= 0:
+            raise ValueError(
+                f"`capacity_factor` ({self.capacity_factor}) must be positive: 1.0 is the room that even loads need."
+            )
+        if self.max_tokens_per_rank is None or self.max_tokens_per_rank < 1:
+            raise ValueError(
+                f"`max_tokens_per_rank` ({self.max_tokens_per_rank}) must be given with `capacity_factor` "
+                f"({self.capacity_factor}), whose shapes must be the same on all ranks: set it to the batch size of a "
+                "rank times the longest sequence."
+            )
+        if self.fan_out == "node":
+            raise ValueError(
+                '`fan_out` ("node") has no fixed shapes: leave it on "auto" with `capacity_factor` '
+                f"({self.capacity_factor})."
+            )
+        if self.remote_share is not None and not 0 <= self.remote_share <= 1:
+            raise ValueError(f"`remote_share` ({self.remote_share}) must be within 0 .. 1: it is a share.")
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] | None = None) -> ExpertParallelOptions:
+        """Reads `LOCMOE_SLICES`, `LOCMOE_FAN_OUT`, `LOCMOE_WIRE_DTYPE`, ...: every field in capitals."""
+        env = os.environ if env is None else env
+        readers: dict[str, Callable[[str], Any]] = {
+            "slices": lambda text: text if text == "auto" else int(text),
+            "capacity_factor": float,
+            "max_tokens_per_rank": int,
+            "remote_share": float,
+        }
+        values: dict[str, Any] = {}
+        for name in (option.name for option in fields(cls)):
+            text = env.get(f"LOCMOE_{name.upper()}")
+            if text:
+                try:
+                    values[name] = readers.get(name, str)(text)
+                except ValueError as error:
+                    raise ValueError(
+                        f"`LOCMOE_{name.upper()}` ({text}) must be a number: correct it or unset it."
+                    ) from error
+        return cls(**values)
+
+
+_options: ExpertParallelOptions | None = None
+
+
+def set_expert_parallel_options(options: ExpertParallelOptions | None) -> None:
+    """Sets the options for the models that are built from now on; `None` goes back to the environment's."""
+    global _options
+    _options = options
+
+
+@contextmanager
+def expert_parallel_options(**changes: Any):
+    """Options for the models that are built inside the `with` block: the current ones with `changes`."""
+    before = _options
+    set_expert_parallel_options(replace(before or ExpertParallelOptions.from_environment(), **changes))
+    try:
+        yield
+    finally:
+        set_expert_parallel_options(before)
+
+
+@dataclass
+class _GroupResources:
+    """What all layers of one expert-parallel group share."""
+
+    group: Any
+    node_group: Any
+    topology: NodeTopology
+    rank: int
+    cost: CostModel | None = None
+
+
+# Keyed by the mesh's group, so that the groups made for it live exactly as long.
+_resources: WeakKeyDictionary[Any, dict[str | None, _GroupResources]] = WeakKeyDictionary()
+
+
+def job_topology() -> NodeTopology:
+    """Nodes of the whole job: from the launcher's environment, or by asking the hosts through the default store."""
+    world_size = dist.get_world_size()
+    if by_hand := os.environ.get(RANKS_PER_NODE_VARIABLE):
+        return NodeTopology.from_ranks_per_node(by_hand, world_size)
+    by_environment = NodeTopology.from_environment()
+    if by_environment is not None and by_environment.num_ranks == world_size:
+        return by_environment
+    store = dist.distributed_c10d._get_default_store()
+    return NodeTopology.from_store(store, dist.get_rank(), world_size, prefix="locmoe/expert_parallel")
+
+
+def _resources_of(mesh_group: Any, backend: str | None) -> _GroupResources:
+    """Collective over the group the first time: makes the node's group, and with `backend` the exchange's own."""
+    known = _resources.setdefault(mesh_group, {})
+    if backend not in known:
+        ranks = dist.get_process_group_ranks(mesh_group)
+        topology = job_topology().subset(ranks)
+        rank = dist.get_group_rank(mesh_group, dist.get_rank())
+        group = mesh_group
+        if backend is not None:
+            group = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+        node_ranks = [ranks[peer] for peer in topology.ranks_of_node(topology.node_of_rank(rank))]
+        node_group = None
+        if 1 < len(node_ranks) < len(ranks):
+            node_group = dist.new_group(node_ranks, use_local_synchronization=True)
+        known[backend] = _GroupResources(group, node_group, topology, rank)
+    return known[backend]
+
+
+class LocMoeEP(EPImplementation):
+    """
+    Expert parallelism that knows its nodes: one copy of a token per destination (see `dispatch.py`), transfers under
+    the experts' computation (see `overlap.py`), dropless or with fixed shapes.
+
+    Example: 8 experts, `DistributedConfig(fsdp_size=4, ep_size=4, ep_implementation="locmoe")`, two nodes, top-2:
+
+    GPU             0        1    |    2        3
+    node           A        A    |    B        B
+    batch          B0       B1   |    B2       B3
+    experts       E0 E1    E2 E3 |   E4 E5    E6 E7
+
+    token of B0 with E4 and E6: one row 0 -> 2, handed on 2 -> 3; the two outputs are summed on 2, one row 2 -> 0.
+
+    Under TP the ranks of a TP group hold the same batch: each sends its own share of it and the outputs are gathered.
+    """
+
+    def __init__(self, experts: torch.nn.Module, ep_mesh, tp_mesh):
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.experts = experts
+        self.options = _options or ExpertParallelOptions.from_environment()
+        self.resources = _resources_of(ep_mesh.get_group(), self.options.backend)
+        self.num_experts = self.num_local_experts * ep_mesh.size()
+        self.flops_per_row = 2 * sum(
+            parameter.numel() // parameter.size(0) for parameter in experts.parameters() if parameter.dim() == 3
+        )
+        self.topology = self.resources.topology.with_experts(self.num_experts)
+        self._peers: Peers | None = None
+        self._slices: int | None = None
+        self._recomputation = Recomputation()
+
+    def __call__(self, hidden_states, top_k_index, top_k_weights):
+        num_tokens = hidden_states.size(0)
+        if self.tp_mesh.size() > 1:
+            # A local chunk; its backward gathers the rows' gradients.
+            hidden_states, top_k_index, top_k_weights = (
+                DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)
+                .redistribute(self.tp_mesh, [Shard(0)])
+                .to_local()
+                for tensor in (hidden_states, top_k_index, top_k_weights)
+            )
+        output = self._exchange(hidden_states, top_k_index, top_k_weights)
+        if self.tp_mesh.size() > 1:
+            output = DTensor.from_local(
+                output.contiguous(),
+                self.tp_mesh,
+                [Shard(0)],
+                shape=(num_tokens, output.size(1)),
+                stride=(output.size(1), 1),
+            ).full_tensor()
+        return output
+
+    def _exchange(self, hidden_states, top_k_index, top_k_weights):
+        peers = self._peers_on(hidden_states.device)
+        is_training = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+        plan = self._recomputation.take(top_k_index)
+        if plan is None:
+            plan = plan_dispatch(
+                top_k_index.long(),
+                peers,
+                self._fan_out(hidden_states, top_k_index, peers),
+                self._num_slices(hidden_states, top_k_index, peers) if is_training else 1,
+                self._capacity(top_k_index, peers) if is_training else None,
+            )
+        return run_sliced(
+            hidden_states,
+            top_k_weights,
+            plan,
+            peers,
+            self._run_padded_experts if plan.is_padded else self._run_experts,
+            _WIRE_DTYPES.get(self.options.wire_dtype),
+            self._recomputation if is_training else None,
+        )
+
+    def _run_experts(self, tokens, expert_ids, weights):
+        # Without a row the experts would drop out of the graph, and with them this rank's part in the exchanges of the
+        # backward and in the reduction of the experts' gradients.
+        if tokens.size(0) == 0:
+            return self._run_padded_experts(tokens, expert_ids, weights)
+        return self._call_experts(tokens, expert_ids, weights)
+
+    def _run_padded_experts(self, tokens, expert_ids, weights):
+        """With one row of zeros more for expert 0, dropped again: at least one row is for an expert of this rank."""
+        tokens, expert_ids, weights = (
+            torch.nn.functional.pad(tensor, (0, 0, 0, 1)) for tensor in (tokens, expert_ids, weights)
+        )
+        return self._call_experts(tokens, expert_ids, weights)[:-1]
+
+    def _call_experts(self, tokens, expert_ids, weights):
+        if getattr(self.experts, "expert_capacity", None) is not None:
+            # Set by our MoE block for this rank's tokens, and they were limited to it. What arrives here is of all
+            # ranks, so more than that for one expert, and none of it may be dropped.
+            self.experts.expert_capacity = None
+        return self.experts_forward(tokens, expert_ids, weights)
+
+    def _peers_on(self, device: torch.device) -> Peers:
+        if self._peers is None or self._peers.expert_to_rank.device != device:
+            resources = self.resources
+            self._peers = Peers(self.topology, resources.rank, resources.group, resources.node_group, device)
+        return self._peers
+
+    def _cost(self, peers: Peers) -> CostModel:
+        if self.resources.cost is None:
+            self.resources.cost = CostModel.measure(peers)
+        return self.resources.cost
+
+    def _fan_out(self, hidden_states, top_k_index, peers: Peers) -> FanOut:
+        num_top_k = top_k_index.size(1)
+        is_same = num_top_k == 1 or peers.topology.num_nodes == 1 or peers.ranks_per_node == 1
+        if is_same or self.options.capacity_factor is not None:
+            return "rank"
+        if self.options.fan_out != "auto":
+            return self.options.fan_out
+        return self._cost(peers).choose_fan_out(num_top_k, peers)
+
+    def _num_slices(self, hidden_states, top_k_index, peers: Peers) -> int:
+        if self.options.slices != "auto":
+            return self.options.slices
+        if self._slices is None:
+            cost = self._cost(peers)
+            most_tokens = torch.tensor(hidden_states.size(0), device=hidden_states.device)
+            dist.all_reduce(most_tokens, op=dist.ReduceOp.MAX, group=peers.group)
+            self._slices = cost.choose_slices(
+                int(most_tokens), self._row_bytes(hidden_states), top_k_index.size(1), self.flops_per_row, peers
+            )
+        return self._slices
+
+    def _row_bytes(self, hidden_states) -> int:
+        return hidden_states.size(1) * (_WIRE_DTYPES.get(self.options.wire_dtype) or hidden_states.dtype).itemsize
+
+    def _capacity(self, top_k_index, peers: Peers) -> Capacity | None:
+        options = self.options
+        if options.capacity_factor is None:
+            return None
+        num_tokens, num_top_k = top_k_index.shape
+        most_tokens = -(-options.max_tokens_per_rank // self.tp_mesh.size())
+        if num_tokens > most_tokens:
+            raise ValueError(
+                f"`max_tokens_per_rank` ({options.max_tokens_per_rank}) must be at least the tokens of a rank in one "
+                f"forward ({num_tokens * self.tp_mesh.size()}): set it to the batch size of a rank times the longest "
+                "sequence."
+            )
+        return fixed_capacity(most_tokens * num_top_k, options.capacity_factor, options.remote_share, peers.topology)
+
+
+def fixed_capacity(
+    num_assignments: int, capacity_factor: float, remote_share: float | None, topology: NodeTopology
+) -> Capacity:
+    """
+    Room for each rank of the sender's node and for each other rank.
+
+    Args:
+        num_assignments (`int`): (token, expert) pairs of one rank.
+        capacity_factor (`float`): room over expectation.
+        remote_share (`float`, *optional*): expected share that leaves the node; under uniform routing when left out.
+        topology (`NodeTopology`): of the group.
+    """
+    num_ranks, on_node = topology.num_ranks, max(topology.node_sizes)
+    off_node = num_ranks - min(topology.node_sizes)
+    share = off_node / num_ranks if remote_share is None else remote_share
+
+    def room(expected: float) -> int:
+        return min(num_assignments, max(1, -int(-capacity_factor * expected // 1)))
+
+    return Capacity(
+        node_local=room(num_assignments * (1 - share) / on_node),
+        remote=room(num_assignments * share / off_node) if off_node else 0,
+    )

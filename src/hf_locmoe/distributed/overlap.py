@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Communication under the experts' computation: a layer's tokens cut into slices, and how many of them.
+
+With two slices (`>` starts a transfer, `<` waits for it, both are autograd functions):
+
+    forward    >D0 >D1 <D0 [experts 0] >C0 <D1 [experts 1] >C1 <C0 <C1
+                    ......under......       ....under....
+    backward   the mirror image: >C1' >C0' <C1' [experts 1'] >D1' <C0' [experts 0'] >D0' <D1' <D0'
+
+Autograd runs the later-created of two ready nodes first, which gives the mirrored order on every rank alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .dispatch import DispatchPlan, FanOut, Peers, finish_combine, finish_dispatch, start_combine, start_dispatch
+from .recomputation import Recomputation
+
+
+_MAX_SLICES = 4
+_LEAST_GAIN = 0.05  # what a prediction must promise before it is acted on: it is no better than that
+_PROBE_BYTES = 1 << 18  # a message to each peer: long enough to see a rate, 10 ms at 200 Mbit/s
+_PROBE_SIDE = 512  # of the square matrix product that finds the rate of computation
+
+
+def run_sliced(
+    hidden_states: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    plan: DispatchPlan,
+    peers: Peers,
+    experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    wire_dtype: torch.dtype | None = None,
+    recomputation: Recomputation | None = None,
+) -> torch.Tensor:
+    """
+    Dispatch, experts and combine of one layer, slice by slice.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(T, d)`): this rank's tokens.
+        top_k_weights (`torch.Tensor` of shape `(T, k)`): their routing weights.
+        plan (`DispatchPlan`): where they go, and in how many slices.
+        peers (`Peers`): the expert-parallel group.
+        experts (callable): `(tokens (R, d), local expert ids (R, 1), weights (R, 1)) -> weighted outputs (R, d)`.
+        wire_dtype (`torch.dtype`, *optional*): dtype under way.
+        recomputation (`Recomputation`, *optional*): where the plan waits in backward, for activation checkpointing.
+
+    Returns:
+        `torch.Tensor` of shape `(T, d)`.
+    """
+    num_slices = len(plan.slices)
+    sizes = [part.tokens.stop - part.tokens.start for part in plan.slices]
+    # `split`, not indexing: its backward puts the slices' gradients together in one piece.
+    states, weights = hidden_states.split(sizes), top_k_weights.split(sizes)
+
+    def send(index: int):
+        return start_dispatch(states[index], weights[index], plan, index, peers, wire_dtype, recomputation)
+
+    under_way, returning = send(0), []
+    for index in range(num_slices):
+        current, under_way = under_way, send(index + 1) if index + 1 < num_slices else None
+        tokens, _, metadata = finish_dispatch(current)
+        returning.append(start_combine(experts(tokens, metadata.expert_ids, metadata.weights), metadata))
+    outputs = [finish_combine(metadata) for metadata in returning]
+    return outputs[0] if num_slices == 1 else torch.cat(outputs)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """
+    What a group's links and devices do, the same numbers on every rank of it.
+
+    Args:
+        latency_s (`float`): seconds of an exchange without bytes.
+        node_local_bytes_per_s (`float`): bytes a second that one rank exchanges inside its node.
+        remote_bytes_per_s (`float`): bytes a second that one rank exchanges with other nodes.
+        flops_per_s (`float`): floating-point operations a second of one rank.
+    """
+
+    latency_s: float
+    node_local_bytes_per_s: float
+    remote_bytes_per_s: float
+    flops_per_s: float
+
+    @classmethod
+    def measure(cls, peers: Peers) -> CostModel:
+        """Times a few exchanges and one matrix product; collective over the group. The slowest rank counts."""
+        same_node = peers.topology.same_node(peers.rank)
+        device = peers.expert_to_rank.device
+        factors = torch.randn(_PROBE_SIDE, _PROBE_SIDE, device=device)
+        seconds = torch.tensor(
+            [
+                _exchange_seconds(peers, [0] * peers.num_ranks),
+                _exchange_seconds(peers, [_PROBE_BYTES if near else 0 for near in same_node]),
+                _exchange_seconds(peers, [0 if near else _PROBE_BYTES for near in same_node]),
+                _seconds(lambda: factors @ factors, device),
+            ],
+            dtype=torch.float64,
+            device=device,
+        )
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=peers.group)
+        latency_s, node_local_s, remote_s, product_s = seconds.tolist()
+        # The largest node's sizes, so that all ranks get the same numbers on uneven nodes too.
+        near, far = peers.ranks_per_node, peers.num_ranks - min(peers.topology.node_sizes)
+        return cls(
+            latency_s=latency_s,
+            node_local_bytes_per_s=_PROBE_BYTES * near / max(node_local_s - latency_s, 1e-6),
+            remote_bytes_per_s=_PROBE_BYTES * far / max(remote_s - latency_s, 1e-6) if far else float("inf"),
+            flops_per_s=2 * _PROBE_SIDE**3 / product_s,
+        )
+
+    def choose_slices(self, num_tokens: int, row_bytes: int, num_top_k: int, row_flops: float, peers: Peers) -> int:
+        """
+        Slices that make one direction of a layer fastest; 1 where that is predicted to gain less than 5 %.
+
+        With `s` slices the transfers and the computation of all but one slice run side by side, and each slice costs
+        two more exchanges' latency: `max(transfer, compute) + min(transfer, compute) / s + 2 * s * latency`. The
+        transfer is both directions of an exchange, taken as if routing were uniform.
+
+        Args:
+            num_tokens (`int`): tokens of the rank that has most.
+            row_bytes (`int`): bytes of one token under way.
+            num_top_k (`int`): experts per token.
+            row_flops (`float`): operations of one expert on one token.
+        """
+        remote, node_local = _copies_per_token(num_top_k, peers, "rank")
+        transfer_s = (
+            2 * num_tokens * row_bytes * (remote / self.remote_bytes_per_s + node_local / self.node_local_bytes_per_s)
+        )
+        compute_s = num_tokens * num_top_k * row_flops / self.flops_per_s
+
+        def predicted_s(num_slices: int) -> float:
+            longer, shorter = max(transfer_s, compute_s), min(transfer_s, compute_s)
+            return longer + shorter / num_slices + 2 * num_slices * self.latency_s
+
+        best = min(range(1, _MAX_SLICES + 1), key=predicted_s)
+        return best if predicted_s(best) < (1 - _LEAST_GAIN) * predicted_s(1) else 1
+
+    def choose_fan_out(self, num_top_k: int, peers: Peers) -> FanOut:
+        """
+        "node" where the copies that it keeps off the links between nodes are worth the hop inside the node that it
+        adds, as if routing were uniform.
+        """
+
+        def seconds_a_byte(fan_out: FanOut) -> float:
+            remote, node_local = _copies_per_token(num_top_k, peers, fan_out)
+            return remote / self.remote_bytes_per_s + node_local / self.node_local_bytes_per_s
+
+        return "node" if seconds_a_byte("node") < (1 - _LEAST_GAIN) * seconds_a_byte("rank") else "rank"
+
+
+def _copies_per_token(num_top_k: int, peers: Peers, fan_out: FanOut) -> tuple[float, float]:
+    """
+    Expected rows one token puts on the links to other nodes and inside nodes, if routing were uniform: a set of `m`
+    of P ranks is hit by at least one of k experts with probability 1 - (1 - m / P)^k.
+    """
+    num_ranks = peers.num_ranks
+    hit_rank = 1 - (1 - 1 / num_ranks) ** num_top_k
+    sizes = peers.topology.node_sizes
+    own = max(sizes)  # not this rank's own node: the answer must be the same on all ranks
+    remote_ranks = (num_ranks - own) * hit_rank
+    if fan_out == "rank":
+        return remote_ranks, (own - 1) * hit_rank
+    others = list(sizes)
+    others.remove(own)
+    remote_nodes = sum(1 - (1 - size / num_ranks) ** num_top_k for size in others)
+    # What arrives once is handed on; every row takes part in the hop inside, the rank's own among them.
+    return remote_nodes, (own - 1) * hit_rank + remote_ranks
+
+
+def _exchange_seconds(peers: Peers, sizes: list[int]) -> float:
+    device = peers.expert_to_rank.device
+    sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+    received = torch.empty_like(sent)
+    return _seconds(lambda: dist.all_to_all_single(received, sent, sizes, sizes, group=peers.group), device)
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """The best of three, the first not counted."""
+    seconds = []
+    for _ in range(4):
+        _synchronize(device)
+        begin = time.perf_counter()
+        work()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
