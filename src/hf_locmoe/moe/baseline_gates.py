@@ -77,16 +77,21 @@ class HashGate(Router):
         load = [(0.0, expert) for expert in range(self.num_experts)]
         expert = torch.empty(self.vocab_size, dtype=torch.int64)
         for token in sorted(range(self.vocab_size), key=lambda t: (-counts[t], t)):
+            if counts[token] <= 0:
+                break
             total, least = min(load)
             expert[token] = least
-            # token ids never seen still spread evenly
-            load[least] = (total + max(float(counts[token]), 1e-6), least)
+            load[least] = (total + counts[token], least)
+        # token ids never seen weigh nothing, so they are dealt out in turn
+        unseen = (token_counts <= 0).nonzero().flatten().cpu()
+        expert[unseen] = torch.arange(unseen.numel()) % self.num_experts
         self.expert_of_token.copy_(self._with_followers(expert))
 
     @torch.no_grad()
     def resize(self, vocab_size: int) -> None:
         """Follows a change of the vocabulary: token ids keep their experts, new ones are dealt out in turn."""
-        new = torch.arange(self.vocab_size, vocab_size, device=self.expert_of_token.device) % self.num_experts
+        added = max(vocab_size - self.vocab_size, 0)
+        new = torch.arange(added, device=self.expert_of_token.device) % self.num_experts
         self.expert_of_token = torch.cat([self.expert_of_token[:vocab_size], self._with_followers(new)])
         self.vocab_size = vocab_size
 

@@ -101,7 +101,7 @@ def capacity_bmm_experts_forward(
             "`experts_implementation` ('capacity_bmm') serves experts without biases, transposed weights or post-norm: "
             "use 'grouped_mm' for this model."
         )
-    (num_tokens, top_k), num_experts = top_k_index.shape, self.num_experts
+    (num_tokens, top_k), num_experts, hidden_size = top_k_index.shape, self.num_experts, hidden_states.shape[-1]
     # first choices before second ones, as in `limit_to_capacity`
     expert = torch.where((top_k_weights != 0) & (top_k_index < num_experts), top_k_index, num_experts).T.reshape(-1)
     position = position_in_expert(expert, num_experts)
@@ -111,12 +111,12 @@ def capacity_bmm_experts_forward(
 
     token = torch.arange(num_tokens, device=slot.device).repeat(top_k)
     token_of_slot = torch.full((spare + 1,), num_tokens, device=slot.device).scatter_(0, slot, token)[:-1]
-    rows = _with_zero_row(hidden_states)[token_of_slot].view(num_experts, capacity, -1)
+    rows = _with_zero_row(hidden_states)[token_of_slot].view(num_experts, capacity, hidden_size)
     up_weight = self.gate_up_proj if self.has_gate else self.up_proj
     inner = torch.bmm(rows.to(up_weight.dtype), up_weight.transpose(1, 2))
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     outer = torch.bmm(inner, self.down_proj.transpose(1, 2)).flatten(0, 1)
-    weighted = _with_zero_row(outer)[slot].view(top_k, num_tokens, -1) * top_k_weights.T.unsqueeze(-1)
+    weighted = _with_zero_row(outer)[slot].view(top_k, num_tokens, hidden_size) * top_k_weights.T.unsqueeze(-1)
     return weighted.sum(dim=0).to(hidden_states.dtype)
 
 

@@ -143,7 +143,7 @@ class CapacityRule(nn.Module):
             self.register_buffer("steps", torch.zeros((), dtype=torch.float32))
             self.register_buffer("cos_angle", torch.zeros((), dtype=torch.float32))
             self.register_buffer("min_factor", torch.zeros((), dtype=torch.float32))
-            self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+            self.register_load_state_dict_post_hook(_refresh_after_loading)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}, factor={self.factor}"
@@ -205,6 +205,11 @@ class CapacityRule(nn.Module):
             factor = float(wanted) * self.num_experts / num_assignments
             self.min_factor.fill_(max(factor, float(self.min_factor)))
         self.refresh()
+
+
+def _refresh_after_loading(rule: CapacityRule, incompatible_keys) -> None:
+    # a function with a name: a module that holds a lambda cannot be pickled
+    rule.refresh()
 
 
 __all__ = ["CapacityAssignment", "CapacityRule", "limit_to_capacity", "position_in_expert"]
