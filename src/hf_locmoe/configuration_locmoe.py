@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -11,6 +12,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
 from .remote_code import AUTO_MAP, write_remote_code
+from .staged_save import staged_save
 
 
 logger = logging.get_logger(__name__)
@@ -333,14 +335,29 @@ class LocMoeConfig(PreTrainedConfig):
         for name in ("critical_capacity_quantile", "critical_max_drop_rate"):
             _require(self, name, 0 < getattr(self, name) < 1, "must be between 0 and 1, both excluded")
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As [`~transformers.PreTrainedConfig.from_dict`]; raises `ValueError` for another architecture's configuration."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"`model_type` ({model_type!r}) is another architecture's, {cls.__name__} reads {cls.model_type!r}: load "
+                f"the checkpoint with `AutoConfig`, `AutoModel` and their relatives."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """
         Writes `config.json` and, beside it, the modelling code as flat files, so that the checkpoint also loads where
-        hf_locmoe is not installed (with `trust_remote_code=True`).
+        hf_locmoe is not installed (with `trust_remote_code=True`). All or nothing, see [`staged_save`].
         """
         self.auto_map = dict(AUTO_MAP)
-        write_remote_code(save_directory)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        with staged_save(save_directory) as staging:
+            write_remote_code(staging)
+            super().save_pretrained(staging)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, **kwargs)
 
 
 def _require(config: LocMoeConfig, name: str, condition: bool, rule: str):
