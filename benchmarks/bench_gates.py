@@ -135,8 +135,8 @@ def train_one(name: str, seed: int, args) -> dict:
         optimizer.zero_grad(set_to_none=True)
         if outputs.router_stats is not None:
             model.update_router_state(outputs.router_stats, outputs.router_hidden_sum)
-        if (step + 1) % max(1, args.steps // 6) == 0 and step + 1 < args.steps:
-            curve.append((step + 1, evaluate(model, data["validation"], args, device, limit=40)["loss"]))
+        if (step + 1) % max(1, args.steps // 5) == 0 and step + 1 < args.steps:
+            curve.append((step + 1, evaluate(model, data["validation"], args, device, limit=15)["loss"]))
     return {"variant": name, "seed": seed, "curve": curve, **evaluate(model, data["validation"], args, device)}
 
 

@@ -128,8 +128,12 @@ class Load:
         return sum(u.ru_utime + u.ru_stime for u in used)
 
     def result(self) -> dict[str, float]:
-        """Load average before, and the share of all cores that others used meanwhile."""
-        return {"load_average_before": round(self._load_before, 2), "cpu_share_of_others": round(self._others, 3)}
+        """Load average before, the share of all cores that others used meanwhile, and this process's nice value."""
+        return {
+            "load_average_before": round(self._load_before, 2),
+            "cpu_share_of_others": round(self._others, 3),
+            "nice": os.nice(0),
+        }
 
 
 @dataclass

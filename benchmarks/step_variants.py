@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layouts that `bench_step` compares, and how a model gets into one.
+"""What `bench_step` runs: the sizes, the layouts that it compares, and how a model gets into one.
 
 World size W = nodes N x ranks a node M. Upstream's layouts, by the letters of the results:
 
@@ -12,15 +12,48 @@ World size W = nodes N x ranks a node M. Upstream's layouts, by the letters of t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
-from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedConfig, set_seed
-from transformers.distributed import DistributedConfig
+import torch
+from transformers import OlmoeConfig, PreTrainedConfig, PreTrainedModel
+
+from benchmarks import workload
 
 
-if TYPE_CHECKING:
-    from benchmarks.bench_step import Setup
+@dataclass(frozen=True)
+class Setup:
+    """Everything that decides what is computed. Tokens a step and rank: `sequences_per_rank * sequence_length`."""
+
+    nodes: int = 2
+    ranks_per_node: int = 2
+    architecture: str = "olmoe"
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    moe_intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_experts: int = 8
+    num_experts_per_tok: int = 1
+    sequences_per_rank: int = 4
+    sequence_length: int = 256
+    lr: float = 3e-4
+    seed: int = 0
+    warmup: int = 3
+    repeats: int = 12
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def steps(self) -> int:
+        return self.warmup + self.repeats
+
+    def batches(self) -> torch.Tensor:
+        """(steps, world_size * sequences_per_rank, sequence_length) int64, the same in every process."""
+        stream = workload.token_stream(workload.standard_library_text(), self.vocab_size)
+        size = self.world_size * self.sequences_per_rank
+        return workload.batches(stream, size, self.sequence_length, self.steps, self.seed)
 
 
 @dataclass(frozen=True)
@@ -95,24 +128,7 @@ def model_config(setup: Setup) -> PreTrainedConfig:
     )
 
 
-def build_single(setup: Setup) -> nn.Module:
-    """The model in one process, initialised from the seed."""
-    set_seed(setup.seed)
-    # grouped_mm: batched_mm copies the weights per token, gigabytes here
-    return AutoModelForCausalLM.from_config(model_config(setup), experts_implementation="grouped_mm").train()
-
-
-def build(variant: Variant, setup: Setup) -> nn.Module:
-    """The same model, same weights, sharded as the variant says. Called on every rank, in the same order."""
-    single = build_single(setup)
-    return (
-        type(single)
-        .from_pretrained(
-            None,
-            config=model_config(setup),
-            state_dict=single.state_dict(),
-            distributed_config=DistributedConfig(**variant.distributed_config(setup)),
-            experts_implementation="grouped_mm",
-        )
-        .train()
-    )
+def build(setup: Setup, variant: Variant | None = None) -> PreTrainedModel:
+    """The model in one process, or the same model with the same weights as the variant distributes it."""
+    distributed = None if variant is None else variant.distributed_config(setup)
+    return workload.build(model_config(setup), setup.seed, distributed)

@@ -9,14 +9,22 @@ Shapes: T = tokens in a sequence, B = sequences in a batch.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers.distributed import DistributedConfig
+
+
+# batched_mm copies the weights per token: gigabytes where this one takes megabytes
+EXPERTS_IMPLEMENTATION = "grouped_mm"
 
 
 MODULES = (
@@ -61,6 +69,28 @@ def batches(stream: torch.Tensor, batch_size: int, sequence_length: int, count: 
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
     sequences = stream[: available * sequence_length].view(available, sequence_length)[order]
     return sequences.view(count, batch_size, sequence_length)
+
+
+def build(config: PreTrainedConfig, seed: int, distributed: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A causal language model from a seed, for training.
+
+    Args:
+        config: the architecture.
+        seed: of the initial weights, which are the same however the model is distributed.
+        distributed: arguments of transformers' `DistributedConfig`; `None` for one process. All ranks call it together.
+    """
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation=EXPERTS_IMPLEMENTATION)
+    if distributed is not None:
+        # built whole and then sharded: built sharded, every rank would draw the same weights for its own experts
+        model = type(model).from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict=model.state_dict(),
+            distributed_config=DistributedConfig(**distributed),
+            experts_implementation=EXPERTS_IMPLEMENTATION,
+        )
+    return model.train()
 
 
 def optimizer_for(model: nn.Module, lr: float) -> torch.optim.Optimizer:
