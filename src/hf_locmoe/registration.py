@@ -25,6 +25,12 @@ from .moe.experts import capacity_bmm_experts_forward
 from .training.telemetry import RouterStateCallback, RoutingStatsCallback
 
 
+try:
+    from transformers.distributed.expert_parallel import EPImplementationInterface
+except ImportError:  # transformers before 5.23, or a torch without torch.distributed: no expert parallelism
+    EPImplementationInterface = None
+
+
 MODEL_CLASSES = {
     AutoModel: LocMoeModel,
     AutoModelForCausalLM: LocMoeForCausalLM,
@@ -36,12 +42,16 @@ MODEL_CLASSES = {
 def register() -> None:
     """
     Makes `AutoConfig`, `AutoModel` and the task classes know `model_type: locmoe`, and transformers the experts
-    implementation `"capacity_bmm"`. Idempotent.
+    implementation `"capacity_bmm"` and the expert-parallel implementation `"locmoe"`. Idempotent.
     """
     AutoConfig.register(LocMoeConfig.model_type, LocMoeConfig, exist_ok=True)
     for auto_class, model_class in MODEL_CLASSES.items():
         auto_class.register(LocMoeConfig, model_class, exist_ok=True)
     ALL_EXPERTS_FUNCTIONS.register("capacity_bmm", capacity_bmm_experts_forward)
+    if EPImplementationInterface is not None:
+        from .distributed.expert_parallel import LocMoeEP
+
+        EPImplementationInterface.register("locmoe", LocMoeEP)
     # `transformers serve` and TRL look `config.architectures[0]` up as an attribute of the transformers module
     for model_class in MODEL_CLASSES.values():
         setattr(transformers, model_class.__name__, model_class)

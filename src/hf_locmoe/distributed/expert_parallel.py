@@ -134,11 +134,16 @@ def set_expert_parallel_options(options: ExpertParallelOptions | None) -> None:
     _options = options
 
 
+def current_expert_parallel_options() -> ExpertParallelOptions:
+    """The options that a model built now gets."""
+    return _options or ExpertParallelOptions.from_environment()
+
+
 @contextmanager
 def expert_parallel_options(**changes: Any):
     """Options for the models that are built inside the `with` block: the current ones with `changes`."""
     before = _options
-    set_expert_parallel_options(replace(before or ExpertParallelOptions.from_environment(), **changes))
+    set_expert_parallel_options(replace(current_expert_parallel_options(), **changes))
     try:
         yield
     finally:
@@ -210,7 +215,7 @@ class LocMoeEP(EPImplementation):
     def __init__(self, experts: torch.nn.Module, ep_mesh, tp_mesh):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts = experts
-        self.options = _options or ExpertParallelOptions.from_environment()
+        self.options = current_expert_parallel_options()
         self.resources = _resources_of(ep_mesh.get_group(), self.options.backend)
         self.num_experts = self.num_local_experts * ep_mesh.size()
         self.flops_per_row = 2 * sum(
