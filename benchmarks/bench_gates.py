@@ -17,6 +17,7 @@ import math
 import os
 import pydoc_data.topics
 import statistics
+import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -212,7 +213,7 @@ def main() -> None:
         theme="gates",
         question="Which gate gives the lowest validation loss, and how even is its load?",
         config={k: v for k, v in vars(args).items() if k not in ("cache", "output", "variants")} | {"tokens": sizes},
-        command=f"python -m benchmarks.bench_gates --hardware {args.hardware} --steps {args.steps}",
+        command="python -m benchmarks.bench_gates " + " ".join(sys.argv[1:]),
         rows=rows,
         columns={
             "variant": "gate",
