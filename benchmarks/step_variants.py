@@ -62,7 +62,7 @@ class Variant:
 
     Args:
         name: short, as on the command line.
-        letter: which layout, see above.
+        letter: which layout, see above; empty for a rank that trains alone.
         exchange: how tokens reach their experts, a name registered with transformers' `EPImplementationInterface`.
         upstream: whether transformers alone can do it.
     """
@@ -79,10 +79,18 @@ class Variant:
             "b": "fsdp W, ep M",
             "c": "fsdp W, no ep",
             "d": "replicate N, fsdp M, ep M",
+            "": "no layout: nothing is exchanged",
         }[self.letter]
 
-    def distributed_config(self, setup: Setup) -> dict[str, Any]:
-        """Arguments of `DistributedConfig`."""
+    @property
+    def is_layout(self) -> bool:
+        """Whether this is a way to train one model; else every rank trains by itself, as a floor for the times."""
+        return bool(self.letter)
+
+    def distributed_config(self, setup: Setup) -> dict[str, Any] | None:
+        """Arguments of `DistributedConfig`, `None` for a rank alone."""
+        if not self.is_layout:
+            return None
         world, node = setup.world_size, setup.ranks_per_node
         return {
             "a": {"fsdp_size": world, "ep_size": world},
@@ -99,6 +107,7 @@ VARIANTS = {
         Variant("b", "b", "all_to_all", upstream=True),
         Variant("c", "c", "all_to_all", upstream=True),
         Variant("d", "d", "all_to_all", upstream=True),
+        Variant("alone", "", "none", upstream=False),
     )
 }
 
