@@ -30,6 +30,7 @@ help: ## list the targets
 env: $(ENV) ## create .venv with everything that tests, demo and checks need
 
 $(STAMP): pyproject.toml
+	@echo "setting up $(VENV) (once, some two minutes)"
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
