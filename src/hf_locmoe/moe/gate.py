@@ -106,8 +106,10 @@ def block_sums(hidden_states: torch.Tensor, block_sizes: list[int]) -> torch.Ten
 
 
 def _cosine(projection: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    # A hidden state of all zeros (the embedding of a padding token, seen by nobody) has the cosine 0; a clamp from below
+    # would give it a gradient that overflows.
     norm = hidden_states.norm(dim=-1, keepdim=True)
-    return projection / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return projection / norm.masked_fill(norm == 0, 1.0)
 
 
 __all__ = ["LocMoeGate", "block_sums"]

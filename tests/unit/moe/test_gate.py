@@ -100,7 +100,7 @@ def test_a_token_of_zeros_has_finite_logits_and_gradient():
     assert torch.equal(logits, torch.zeros(2, 4))
     assert index.flatten().tolist() == [0, 0]
     weight.sum().backward()
-    assert torch.isfinite(x.grad).all()
+    assert x.grad.abs().max() < 10  # far from overflow: the norm before the router multiplies it by 1,000
 
 
 def test_all_zero_logits_after_the_relu_still_go_to_the_best_expert():
