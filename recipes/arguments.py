@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How every recipe reads its settings: a YAML file, the command line over it, both or one of them.
 
+Usage:
+
     python recipes/pretrain.py recipes/configs/tiny_cpu.yaml --max_steps 50 --model.num_experts 16
 
 The file may stand first or behind `--config`. Its keys are the options' names. An option whose value is a mapping, such
@@ -25,7 +27,9 @@ class _Loader(yaml.SafeLoader):
     """Reads `3e-4` as a number; YAML 1.1 wants `3.0e-4` and makes it a string otherwise."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def parse_recipe(dataclass_types: list[type], argv: list[str] | None = None, description: str | None = None) -> tuple:
@@ -56,7 +60,9 @@ def parse_recipe(dataclass_types: list[type], argv: list[str] | None = None, des
     parser.set_defaults(**settings)
     for action in parser._actions:  # argparse has no public way to satisfy a required option by a default
         action.required = action.required and action.dest not in settings
-    *parsed, remaining = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    *parsed, remaining = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
     if remaining:
         name = remaining[0].lstrip("-").split("=")[0]
         raise ValueError(f"Unknown option `{remaining[0]}`{_suggest(name, known)}")
@@ -133,7 +139,8 @@ def prepare_output_dir(training_args: TrainingArguments, overwrite: bool) -> Non
         raise ValueError(
             f"`output_dir` ({output_dir}) cannot be written ({error.strerror}): name a folder you may write to."
         ) from error
-    if (output_dir / "config.json").exists() and not (overwrite or training_args.resume_from_checkpoint):
+    finished = any((output_dir / name).exists() for name in ("config.json", "adapter_config.json"))
+    if finished and not (overwrite or training_args.resume_from_checkpoint):
         raise ValueError(
             f"`output_dir` ({output_dir}) already holds a model: name another folder, or pass "
             "`--overwrite_output_dir true` to replace it or `--resume_from_checkpoint last` to go on."

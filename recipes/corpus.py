@@ -5,9 +5,11 @@ Nothing is downloaded: the texts are the language reference behind `help()`, the
 standard library, and the names in the Unicode character database. Modules are found by import machinery and read,
 never executed. The same interpreter gives the same corpus, byte for byte.
 
-    python recipes/corpus.py --output corpus
+Usage:
 
-writes `corpus/train.jsonl` and `corpus/validation.jsonl`, one document a line with the fields `text`, `domain` and
+    python recipes/corpus.py --output runs/corpus
+
+writes `runs/corpus/train.jsonl` and `runs/corpus/validation.jsonl`, one document a line with the fields `text`, `domain` and
 `source`.
 """
 
@@ -331,7 +333,7 @@ def write_corpus(corpus: Corpus, output_dir: str | Path) -> tuple[Path, Path]:
 def main(argv: list[str] | None = None) -> None:
     """Command line: builds the corpus, writes it, prints its sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="corpus", help="folder for train.jsonl and validation.jsonl")
+    parser.add_argument("--output", default="runs/corpus", help="folder for train.jsonl and validation.jsonl")
     parser.add_argument("--max_chars_per_domain", type=int, default=800_000)
     parser.add_argument("--validation_share", type=float, default=0.06)
     parser.add_argument("--seed", type=int, default=0)

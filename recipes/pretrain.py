@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a causal language model from scratch: an ordinary `transformers.Trainer` script.
 
+Usage:
+
     python recipes/pretrain.py recipes/configs/tiny_cpu.yaml
     python recipes/pretrain.py --config my.yaml --max_steps 1000 --model.num_experts 16
 """
@@ -13,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import (
     AutoConfig,
@@ -93,7 +96,9 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block
     else:
         model_type = fields.pop("model_type", "locmoe")
         if model_type not in transformers.CONFIG_MAPPING:
-            raise ValueError(f"`model.model_type` ({model_type}) is not known to transformers: leave it out for locmoe.")
+            raise ValueError(
+                f"`model.model_type` ({model_type}) is not known to transformers: leave it out for locmoe."
+            )
         check_field_names(fields, model_type)
         config = AutoConfig.for_model(model_type, **fields)
     if config.vocab_size < len(tokenizer):
@@ -115,7 +120,9 @@ def check_field_names(fields: dict[str, Any], model_type: str) -> None:
     for name in set(fields) - known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         if close:
-            raise ValueError(f"`model.{name}` is not a field of the config of {model_type}: did you mean `{close[0]}`?")
+            raise ValueError(
+                f"`model.{name}` is not a field of the config of {model_type}: did you mean `{close[0]}`?"
+            )
         logger.warning("`model.%s` is not among the declared fields of the config of %s.", name, model_type)
 
 
@@ -123,7 +130,7 @@ def balance_hash_gates(model: PreTrainedModel, blocks: Documents, num_blocks: in
     """Gives hash gates, which know tokens by their id alone, tables that spread the training text evenly."""
     gates = [module for module in model.modules() if hasattr(module, "balance_by_frequency")]
     if gates:
-        counts = token_counts(islice(blocks, num_blocks), model.config.vocab_size)
+        counts = torch.from_numpy(token_counts(islice(blocks, num_blocks), model.config.vocab_size))
         for gate in gates:
             gate.balance_by_frequency(counts)
 
@@ -173,7 +180,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     balance_hash_gates(model, train, model_args.hash_balance_samples)
     if training_args.process_index == 0:
         size = f"{len(train):,} blocks" if hasattr(train, "__len__") else "a stream of blocks"
-        print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {size} of {data_args.block_size} tokens")
+        print(
+            f"{type(model).__name__} with {model.num_parameters():,} parameters, {size} of {data_args.block_size} tokens"
+        )
         tokenizer.save_pretrained(Path(training_args.output_dir))
     return train_and_report(model, tokenizer, train, validation, training_args, default_data_collator)
 

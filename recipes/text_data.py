@@ -63,9 +63,13 @@ class DataArguments:
                 setattr(self, name, [getattr(self, name)])
         if (self.train_file is None) == (self.dataset_name is None):
             given = "both" if self.train_file else "neither"
-            raise ValueError(f"Give either `train_file` or `dataset_name` ({given} given): one source of text is needed.")
+            raise ValueError(
+                f"Give either `train_file` or `dataset_name` ({given} given): one source of text is needed."
+            )
         if self.block_size < 2:
-            raise ValueError(f"`block_size` ({self.block_size}) must be 2 or more: a token to read and one to predict.")
+            raise ValueError(
+                f"`block_size` ({self.block_size}) must be 2 or more: a token to read and one to predict."
+            )
         if not 0 <= self.validation_split_percentage < 100:
             raise ValueError(
                 f"`validation_split_percentage` ({self.validation_split_percentage}) must be at least 0 and below 100."
@@ -253,19 +257,22 @@ def pack(
     }
     if isinstance(documents, Dataset):
         options |= {"num_proc": args.preprocessing_num_workers, "desc": "tokenize"}
-    blocks = documents.map(_encode_and_cut, **options)
-    if isinstance(blocks, IterableDataset):
-        blocks = blocks if max_samples is None else blocks.take(max_samples)
-        found_one = next(iter(blocks), None) is not None
-    else:
-        blocks = blocks if max_samples is None else blocks.select(range(min(max_samples, len(blocks))))
-        found_one = len(blocks) > 0
-    if not found_one:
+    blocks = first_samples(documents.map(_encode_and_cut, **options), max_samples)
+    if next(iter(blocks), None) is None:
         raise ValueError(
             f"`block_size` ({args.block_size}) is more than the tokens that the text has: choose a smaller one, or add "
             "text."
         )
     return blocks
+
+
+def first_samples(samples: Documents, count: int | None) -> Documents:
+    """The first `count` samples, or all where there are fewer or `count` is `None`."""
+    if count is None:
+        return samples
+    if isinstance(samples, IterableDataset):
+        return samples.take(count)
+    return samples.select(range(min(count, len(samples))))
 
 
 def _encode_and_cut(

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a byte-level BPE tokenizer on text files.
 
-    python recipes/train_tokenizer.py --train_file corpus/train.jsonl --vocab_size 2048 --output_dir tokenizer
+Usage:
+
+    python recipes/train_tokenizer.py --train_file runs/corpus/train.jsonl --vocab_size 2048 --output_dir tokenizer
 """
 
 from collections.abc import Iterator

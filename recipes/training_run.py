@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from text_data import Documents
+from text_data import Documents, first_samples
 
 
 # Token losses are summed over this many positions at a time: logits in float32 are the largest tensor of an evaluation.
@@ -52,8 +52,8 @@ def perplexity_from_losses(prediction: EvalPrediction) -> dict[str, float]:
 def sample_blocks(blocks: Documents, count: int, seed: int) -> Dataset:
     """A fixed random sample of the training blocks, or the first of a stream, to measure training perplexity on."""
     if isinstance(blocks, IterableDataset):
-        return Dataset.from_list(list(blocks.take(count)))
-    return blocks.shuffle(seed=seed).select(range(min(count, len(blocks))))
+        return Dataset.from_list(list(first_samples(blocks, count)))
+    return first_samples(blocks.shuffle(seed=seed), count)
 
 
 def train_and_report(

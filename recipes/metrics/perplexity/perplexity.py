@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity from token losses: an `evaluate` metric that needs neither network nor a model of its own.
 
+Usage:
+
     metric = evaluate.load("recipes/metrics/perplexity")
     metric.add_batch(predictions=sums_of_losses, references=numbers_of_tokens)
     metric.compute()
@@ -58,7 +60,9 @@ class Perplexity(evaluate.Metric):
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+            ),
         )
 
     def _compute(self, predictions, references, num_bytes: int | None = None) -> dict[str, float]:
