@@ -322,7 +322,7 @@ def _compare(plans):
             assert len(found) == len(expected)
             for position, (ours, theirs) in enumerate(zip(found, expected)):
                 message = f"{collective.__name__}[{position}] under plan {plan}"
-                torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=lambda text: f"{message}: {text}")  # noqa: B023
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=lambda text: f"{message}: {text}")
                 compared += 1
     return compared
 
