@@ -7,6 +7,7 @@ import ast
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -158,6 +159,7 @@ class TestFlattening:
             flat_sources(package)
 
 
+_COMMIT = "c" * 40
 _WITHOUT_THE_PACKAGE = """
 import json, os, sys
 
@@ -192,6 +194,10 @@ resaved.train()
 resaved(input_ids, labels=input_ids).loss.backward()
 report["gradients"] = all(p.grad is not None and p.grad.isfinite().all().item() for p in resaved.parameters())
 
+from_hub = transformers.AutoModelForCausalLM.from_pretrained("someone/a-model", trust_remote_code=True).eval()
+tensors["from_hub"] = from_hub(input_ids).logits.detach()
+report["from_hub"] = type(from_hub).__module__
+
 config.save_pretrained(config_only)
 config = transformers.AutoConfig.from_pretrained(config_only, trust_remote_code=True)
 report["from_config"] = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)).__name__
@@ -203,30 +209,36 @@ with open(results + ".json", "w") as file:
 """
 
 
-class TestWithoutThePackage:
-    @pytest.fixture(scope="class")
-    def run(self, checkpoint, tmp_path_factory):
-        """The report, the tensors and the folder of one process in which hf_locmoe cannot be imported."""
-        folder = tmp_path_factory.mktemp("without")
-        environment = {
-            **os.environ,
-            "HF_HOME": str(folder / "home"),
-            "HF_MODULES_CACHE": str(folder / "modules"),
-            "HF_HUB_OFFLINE": "1",
-            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-        }
-        arguments = [str(checkpoint), *(str(folder / name) for name in ("again", "config_only", "results"))]
-        done = subprocess.run(
-            [sys.executable, "-c", _WITHOUT_THE_PACKAGE, *arguments],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads((folder / "results.json").read_text()), load_file(folder / "results.safetensors"), folder
+@pytest.fixture(scope="module")
+def run(checkpoint, tmp_path_factory):
+    """The report, the tensors and the folder of one process in which hf_locmoe cannot be imported."""
+    folder = tmp_path_factory.mktemp("without")
+    snapshot = folder / "hub" / "models--someone--a-model" / "snapshots" / _COMMIT
+    shutil.copytree(checkpoint, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(_COMMIT)
+    environment = {
+        **os.environ,
+        "HF_HOME": str(folder / "home"),
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
+    arguments = [str(checkpoint), *(str(folder / name) for name in ("again", "config_only", "results"))]
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_THE_PACKAGE, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "results.json").read_text()), load_file(folder / "results.safetensors"), folder
 
+
+class TestWithoutThePackage:
     def test_every_auto_class_runs_the_flat_code(self, run):
         report, _, _ = run
         assert report["imported"] == []
@@ -257,6 +269,11 @@ class TestWithoutThePackage:
         model = AutoModelForCausalLM.from_pretrained(folder / "again").eval()
         assert type(model) is LocMoeForCausalLM
         assert_close(model(_INPUT_IDS).logits.detach(), tensors["again"])
+
+    def test_out_of_the_hubs_cache(self, run):
+        report, tensors, _ = run
+        assert _COMMIT in report["from_hub"]
+        assert torch.equal(tensors["from_hub"], tensors["AutoModelForCausalLM"])
 
     def test_a_configuration_saved_alone_brings_the_model_along(self, run):
         report, _, folder = run
