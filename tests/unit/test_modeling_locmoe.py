@@ -290,9 +290,12 @@ class TestGradientCheckpointing:
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
                 assert model.is_gradient_checkpointing
+            runs = []
+            model.sparse_blocks[0].gate.register_forward_hook(lambda *args: runs.append(1))
             torch.manual_seed(3)
             outputs = model(ids, labels=ids)
             outputs.loss.backward()
+            assert len(runs) == 1 + checkpointing
             results.append([outputs.loss.detach(), outputs.router_stats, outputs.router_hidden_sum, gradients(model)])
             if outputs.router_hidden_sum is None:
                 del results[-1][2]
