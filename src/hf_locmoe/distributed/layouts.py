@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Which rank holds what: the three layouts, what each sends between nodes and keeps in memory, and how to build them.
+
+On N nodes of M ranks, with W = N * M:
+
+| layout         | dense layers                          | experts                    | what crosses nodes                 |
+| -------------- | ------------------------------------- | -------------------------- | ---------------------------------- |
+| `"sharded"`    | sharded over all W                    | spread over all W          | parameters, gradients, tokens      |
+| `"replicated"` | sharded over a node, a copy per node  | likewise, a copy per node  | gradients                          |
+| `"spread"`     | sharded over a node, a copy per node  | spread over all W          | dense gradients, non-local tokens  |
+
+The first two are upstream's. `"spread"` cannot be said with its meshes, dense `(pp, dp_replicate, fsdp, tp)` and
+expert `(pp, dp_replicate, efsdp, ep)`, because `ep` does not reach over `dp_replicate`. It needs two small things:
+[`SpreadConfig`] for the sizes and [`SpreadLayoutMixin`] for the expert mesh; sharding, loading, gradient reduction and
+saving stay transformers'.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.distributed import DistributedConfig
+
+from .topology import NodeTopology
+
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+LAYOUTS = ("sharded", "replicated", "spread")
+_EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep")
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(repr=False)
+class SpreadConfig(DistributedConfig):
+    """
+    A `DistributedConfig` whose experts reach over the replicas of the dense layers: `ep_size` divides
+    `dp_replicate_size * fsdp_size * tp_size`, not only `fsdp_size * tp_size`.
+
+    `dp_replicate_size` is the number of nodes, `fsdp_size * tp_size` the ranks of a node. Give it to a class with
+    [`SpreadLayoutMixin`] (all of ours, others through [`with_spread_layout`]).
+    """
+
+    @property
+    def efsdp_size(self) -> int:
+        """Copies of each expert."""
+        return self.dp_replicate_size * self.fsdp_size * self.tp_size // self.ep_size
+
+    def _validate_mesh_config(self) -> None:
+        # Upstream's other checks, without its rule on `ep_size`.
+        ep_size, self.ep_size = self.ep_size, 1
+        super()._validate_mesh_config()
+        self.ep_size = ep_size
+        world_size = self.dp_replicate_size * self.fsdp_size * self.tp_size
+        if self.pp_size > 1:
+            raise ValueError(f"`pp_size` ({self.pp_size}) must be 1 with experts spread over nodes: set it to 1.")
+        if world_size % ep_size or ep_size % self.tp_size:
+            raise ValueError(
+                f"`ep_size` ({ep_size}) must divide the number of ranks ({world_size}) and be a multiple of `tp_size` "
+                f"({self.tp_size}): set it to one of {_divisors(world_size, self.tp_size)}."
+            )
+
+    def expert_ranks(self) -> torch.Tensor:
+        """
+        Global rank of every place of the expert mesh, shape `(1, 1, efsdp_size, ep_size)`. Copies of an expert are put
+        on one node where the sizes allow it, so that keeping them equal costs nothing between nodes.
+        """
+        num_nodes, on_node = self.dp_replicate_size, self.fsdp_size * self.tp_size
+        ranks = torch.arange(num_nodes * on_node)
+        on_node_ep = self.ep_size // num_nodes
+        if self.ep_size % num_nodes == 0 and on_node_ep % self.tp_size == 0:
+            ranks = ranks.view(num_nodes, self.efsdp_size, on_node_ep).transpose(0, 1)
+        return ranks.reshape(1, 1, self.efsdp_size, self.ep_size)
+
+
+class SpreadLayoutMixin:
+    """
+    For a transformers model class, before `PreTrainedModel`: builds the meshes of a [`SpreadConfig`].
+
+    It overrides `prepare_distribute_model`, which `from_pretrained` calls first; any other config passes through.
+    """
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, device_map=None):
+        if not isinstance(distributed_config, SpreadConfig):
+            return super().prepare_distribute_model(distributed_config, device_map=device_map)  # type: ignore[misc]
+        # Upstream makes the dense mesh; to it there are no experts.
+        values = {field.name: getattr(distributed_config, field.name) for field in fields(DistributedConfig)}
+        dense_config = DistributedConfig(**(values | {"ep_size": 1}))
+        _, device_map, meshes = super().prepare_distribute_model(dense_config, device_map=device_map)  # type: ignore[misc]
+        if meshes is None:
+            return distributed_config, device_map, None
+        dense_mesh = meshes.get_mesh(("pp", "dp_replicate", "fsdp", "tp"))
+        return distributed_config, device_map, _spread_meshes(dense_mesh, distributed_config)
+
+
+def with_spread_layout(model_class: type) -> type:
+    """`model_class`, able to be built with a [`SpreadConfig`]; itself where it already is."""
+    if issubclass(model_class, SpreadLayoutMixin):
+        return model_class
+    attributes = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    return type(model_class.__name__, (SpreadLayoutMixin, model_class), attributes)
+
+
+def _spread_meshes(dense_mesh: DeviceMesh, config: SpreadConfig) -> Any:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers.distributed.utils import TransformersDeviceMesh
+
+    class SpreadMeshes(TransformersDeviceMesh):
+        """Experts have no `dp_replicate` axis of their own: `ep` reaches over it."""
+
+        def get_mesh(self, dims):
+            names = (dims,) if isinstance(dims, str) else tuple(dims)
+            if "ep" in names or "efsdp" in names:
+                names = tuple(name for name in names if name != "dp_replicate")
+            return super().get_mesh(names)
+
+    expert_mesh = DeviceMesh(dense_mesh.device_type, config.expert_ranks(), mesh_dim_names=_EXPERT_AXES)
+    return SpreadMeshes(dense_mesh, expert_mesh)
+
+
+def layout_config(
+    layout: str,
+    topology: NodeTopology,
+    num_experts: int,
+    tp_size: int = 1,
+    ep_size: int | None = None,
+    **options: Any,
+) -> DistributedConfig:
+    """
+    The `DistributedConfig` of a layout.
+
+    Args:
+        layout (`str`): one of `LAYOUTS`; see [`choose_layout`] for `"auto"`.
+        topology (`NodeTopology`): of the job.
+        num_experts (`int`): experts of a layer.
+        tp_size (`int`): tensor-parallel ranks, inside a node.
+        ep_size (`int`, *optional*):
+            ranks that hold different experts; when left out, the largest number that the layout and `num_experts` allow.
+        **options: other fields of `DistributedConfig`; `ep_implementation` is `"locmoe"` unless given.
+
+    Raises:
+        ValueError: an unknown layout, nodes of different sizes where a layout needs equal ones, sizes that do not fit.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f'`layout` ({layout}) must be "auto" or one of {", ".join(LAYOUTS)}: use one of these.')
+    world_size = topology.num_ranks
+    if layout != "sharded" and not topology.is_rectangular:
+        raise ValueError(
+            f"`layout` ({layout}) needs the same number of ranks on every node, and there are {topology.node_sizes}: "
+            'use "sharded", or leave ranks out.'
+        )
+    reach = topology.node_sizes[0] if layout == "replicated" else world_size
+    on_node = world_size if layout == "sharded" else topology.node_sizes[0]
+    if on_node % tp_size:
+        raise ValueError(
+            f"`tp_size` ({tp_size}) must divide the ranks that share the dense layers ({on_node}): set it to one of "
+            f"{_divisors(on_node)}."
+        )
+    possible = [size for size in _divisors(reach, tp_size) if num_experts % size == 0]
+    if ep_size is None:
+        ep_size = max(possible, default=1)
+    elif ep_size not in possible:
+        raise ValueError(
+            f"`ep_size` ({ep_size}) must divide `num_experts` ({num_experts}) and the {reach} ranks that layout "
+            f'"{layout}" spreads experts over, and be a multiple of `tp_size` ({tp_size}): set it to one of {possible}.'
+        )
+    config_class = SpreadConfig if layout == "spread" else DistributedConfig
+    return config_class(
+        dp_replicate_size=1 if layout == "sharded" else topology.num_nodes,
+        fsdp_size=on_node // tp_size,
+        tp_size=tp_size,
+        ep_size=ep_size,
+        **({"ep_implementation": "locmoe"} | options),
+    )
+
+
+def _divisors(number: int, multiple_of: int = 1) -> list[int]:
+    return [size for size in range(multiple_of, number + 1, multiple_of) if number % size == 0]
+
+
+# ---- choosing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """
+    What a layout's cost depends on.
+
+    Args:
+        dense_parameters (`int`): parameters outside of the experts.
+        expert_parameters (`int`): parameters of all experts of all layers.
+        num_moe_layers (`int`): layers with experts.
+        num_experts (`int`): experts of a layer.
+        num_experts_per_tok (`int`): experts a token goes to.
+        hidden_size (`int`): width of a token.
+    """
+
+    dense_parameters: int
+    expert_parameters: int
+    num_moe_layers: int
+    num_experts: int
+    num_experts_per_tok: int
+    hidden_size: int
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> ModelSize:
+        """Of a transformers MoE, on any device, `meta` included, before it is sharded."""
+        experts = [
+            module
+            for module in model.modules()
+            if hasattr(module, "num_experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
+        ]
+        total = sum(parameter.numel() for parameter in model.parameters())
+        in_experts = sum(parameter.numel() for module in experts for parameter in module.parameters())
+        config = model.config.get_text_config()
+        return cls(
+            dense_parameters=total - in_experts,
+            expert_parameters=in_experts,
+            num_moe_layers=len(experts),
+            num_experts=experts[0].num_experts if experts else 0,
+            num_experts_per_tok=config.num_experts_per_tok if experts else 0,
+            hidden_size=config.hidden_size,
+        )
+
+
+@dataclass(frozen=True)
+class LayoutCost:
+    """
+    Args:
+        layout (`str`): which.
+        bytes_inter_node (`float`): bytes that one node sends to others in an optimizer step, as predicted.
+        bytes_memory (`float`): bytes of parameters, gradients and optimizer state on one rank.
+    """
+
+    layout: str
+    bytes_inter_node: float
+    bytes_memory: float
+
+
+def predict_layouts(
+    size: ModelSize,
+    topology: NodeTopology,
+    tokens_per_rank: int,
+    accumulation_steps: int = 1,
+    local_share: float | None = None,
+    checkpointing: bool = False,
+    bytes_per_element: int = 4,
+    state_bytes_per_parameter: int = 16,
+) -> list[LayoutCost]:
+    """
+    Bytes between nodes and memory of every layout that the job can have.
+
+    Counted with ring collectives: one node passes on `(W - 1) / W` of the parameters in each all-gather (two a
+    micro-batch) and in the reduce-scatter of the gradients (one a step); replicas exchange `2 (N - 1) / N` of the
+    gradients once a step. A token crosses once for every other node that has one of its experts, and four times a
+    layer: out and back, forward and backward; out once more when a checkpoint recomputes.
+
+    Args:
+        size (`ModelSize`): the model.
+        topology (`NodeTopology`): the job.
+        tokens_per_rank (`int`): tokens of one rank in one micro-batch.
+        accumulation_steps (`int`): micro-batches a step.
+        local_share (`float`, *optional*):
+            share of the assignments that stay on their node; 1 / nodes when left out, as untrained routers have it.
+        checkpointing (`bool`): whether activations are recomputed.
+        bytes_per_element (`int`): of parameters, gradients and tokens under way.
+        state_bytes_per_parameter (`int`): memory of a parameter; 16 for float32 with Adam.
+    """
+    num_nodes, world_size = topology.num_nodes, topology.num_ranks
+    on_node = max(topology.node_sizes)
+    dense, experts = size.dense_parameters, size.expert_parameters
+    gathered = (world_size - 1) / world_size * (2 * accumulation_steps + 1) * bytes_per_element
+    reduced = 2 * (num_nodes - 1) / num_nodes * bytes_per_element
+    if num_nodes == 1:
+        gathered = 0.0
+    local_share = 1 / num_nodes if local_share is None else local_share
+    other_nodes = num_nodes - 1
+    crossings = 0.0
+    if other_nodes:
+        crossings = other_nodes * (1 - (1 - (1 - local_share) / other_nodes) ** size.num_experts_per_tok)
+    tokens = (
+        (5 if checkpointing else 4)
+        * on_node
+        * tokens_per_rank
+        * accumulation_steps
+        * crossings
+        * size.num_moe_layers
+        * size.hidden_size
+        * bytes_per_element
+    )
+    costs = [
+        LayoutCost("sharded", dense * gathered + tokens, (dense + experts) / world_size * state_bytes_per_parameter)
+    ]
+    if topology.is_rectangular and num_nodes > 1:
+        costs += [
+            LayoutCost(
+                "replicated", (dense + experts) * reduced, (dense + experts) / on_node * state_bytes_per_parameter
+            ),
+            LayoutCost(
+                "spread",
+                dense * reduced + tokens,
+                (dense / on_node + experts / world_size) * state_bytes_per_parameter,
+            ),
+        ]
+    return costs
+
+
+def choose_layout(costs: list[LayoutCost], memory_limit_bytes: float | None = None) -> tuple[str, str]:
+    """
+    The layout that sends the fewest bytes between nodes among those that fit.
+
+    Args:
+        costs (`list[LayoutCost]`): from [`predict_layouts`].
+        memory_limit_bytes (`float`, *optional*):
+            memory of a rank for parameters, gradients and optimizer state; no limit when left out.
+
+    Returns:
+        the layout, and why in one sentence.
+    """
+    fitting = [cost for cost in costs if cost.bytes_memory <= (memory_limit_bytes or math.inf)]
+    if not fitting:
+        best = min(costs, key=lambda cost: cost.bytes_memory)
+        return best.layout, (
+            f'"{best.layout}" needs least memory, {_gigabytes(best.bytes_memory)} a rank, and no layout fits into '
+            f"{_gigabytes(memory_limit_bytes)}."
+        )
+    best = min(fitting, key=lambda cost: cost.bytes_inter_node)
+    others = ", ".join(
+        f'"{cost.layout}" {_gigabytes(cost.bytes_inter_node)}' + ("" if cost in fitting else " (does not fit)")
+        for cost in costs
+        if cost is not best
+    )
+    if not others:
+        return best.layout, f'"{best.layout}" is the only layout for these nodes.'
+    return best.layout, (
+        f'"{best.layout}" sends least between nodes, {_gigabytes(best.bytes_inter_node)} a node and step, with '
+        f"{_gigabytes(best.bytes_memory)} of memory a rank; {others}."
+    )
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"

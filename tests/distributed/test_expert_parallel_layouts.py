@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout that upstream's meshes cannot say trains like one process, and what a layout costs is predicted and chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from hf_locmoe.distributed.layouts import (
+    LAYOUTS,
+    LayoutCost,
+    ModelSize,
+    SpreadConfig,
+    choose_layout,
+    layout_config,
+    predict_layouts,
+    with_spread_layout,
+)
+from hf_locmoe.distributed.topology import NodeTopology
+from tests.distributed.expert_parallel_runs import Variant, compare, full_model, tiny_config
+from tests.harness import run_ranks
+from tests.tolerances import TOLERANCES
+
+
+SPREAD = dict(dp_replicate_size=2, fsdp_size=2, ep_size=4)
+
+
+def compare_spread(variants):
+    for variant in variants:
+        model_class = with_spread_layout(type(full_model(variant)))
+        model = compare(variant, TOLERANCES[torch.float32], config_class=SpreadConfig, model_class=model_class)
+        dense = model.model.layers[0].self_attn.q_proj.weight
+        experts = model.model.layers[0].mlp.experts.gate_up_proj
+        assert isinstance(dense, DTensor) and isinstance(experts, DTensor)
+        # The dense layers: a copy per node, sharded in it. The experts: one copy over all ranks.
+        assert experts.to_local().size(0) * 4 == variant.num_experts
+        assert dense.to_local().numel() * 2 == dense.numel()
+
+
+@pytest.mark.multiprocess
+def test_spread_layout_equals_one_process():
+    variants = [
+        Variant(SPREAD, dict(slices=2, fan_out="node"), checkpointing=False, accumulation=2),
+        Variant(dict(SPREAD, ep_size=2), dict(slices=1), family="mixtral", num_experts=4),
+        Variant(dict(dp_replicate_size=2, fsdp_size=1, tp_size=2, ep_size=4), dict(slices=1), family="mixtral"),
+    ]
+    run_ranks(compare_spread, 4, variants, env={"LOCMOE_RANKS_PER_NODE": "2"})
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def test_configs_of_the_layouts():
+    topology = NodeTopology.from_ranks_per_node(4, 8)
+    sizes = {
+        layout: (config.dp_replicate_size, config.fsdp_size, config.tp_size, config.ep_size, config.efsdp_size)
+        for layout in LAYOUTS
+        for config in [layout_config(layout, topology, 16, tp_size=2)]
+    }
+    assert sizes == {"sharded": (1, 4, 2, 8, 1), "replicated": (2, 2, 2, 4, 1), "spread": (2, 2, 2, 8, 1)}
+    assert layout_config("spread", topology, 4).ep_size == 4
+    assert layout_config("spread", topology, 4).efsdp_size == 2
+
+
+def test_copies_of_an_expert_share_a_node_where_they_can():
+    assert SpreadConfig(dp_replicate_size=2, fsdp_size=4, ep_size=4).expert_ranks()[0, 0].tolist() == [
+        [0, 1, 4, 5],
+        [2, 3, 6, 7],
+    ]
+    assert SpreadConfig(dp_replicate_size=4, fsdp_size=2, ep_size=2).expert_ranks()[0, 0].tolist() == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, field",
+    [
+        (dict(layout="ring", topology=NodeTopology((0, 1)), num_experts=4), "layout"),
+        (dict(layout="spread", topology=NodeTopology((0, 0, 1)), num_experts=4), "layout"),
+        (dict(layout="spread", topology=NodeTopology((0, 0, 1, 1)), num_experts=4, ep_size=3), "ep_size"),
+        (dict(layout="replicated", topology=NodeTopology((0, 0, 1, 1)), num_experts=4, tp_size=4), "tp_size"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(arguments, field):
+    with pytest.raises(ValueError, match=f"`{field}`"):
+        layout_config(**arguments)
+    with pytest.raises(ValueError, match="`ep_size`"):
+        SpreadConfig(dp_replicate_size=2, fsdp_size=2, ep_size=3)
+
+
+# ---- choice ---------------------------------------------------------------------------------------------------------
+
+
+def test_size_of_a_model_counts_every_parameter_once():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("olmoe", 8, 2))
+    size = ModelSize.of(model)
+    assert size.dense_parameters + size.expert_parameters == model.num_parameters()
+    assert size.expert_parameters == 2 * 8 * 3 * 16 * 12  # layers, experts, matrices, hidden, intermediate
+    assert (size.num_moe_layers, size.num_experts, size.num_experts_per_tok, size.hidden_size) == (2, 8, 2, 16)
+
+
+def test_predicted_bytes_by_hand():
+    size = ModelSize(1000, 8000, num_moe_layers=2, num_experts=8, num_experts_per_tok=1, hidden_size=10)
+    topology = NodeTopology.from_ranks_per_node(2, 4)
+    costs = {cost.layout: cost for cost in predict_layouts(size, topology, tokens_per_rank=3)}
+    tokens = 4 * (2 * 3) * 0.5 * 2 * 10 * 4  # transfers, tokens of a node, share that leaves, layers, width, bytes
+    assert costs["sharded"].bytes_inter_node == pytest.approx(1000 * 3 / 4 * 3 * 4 + tokens)
+    assert costs["replicated"].bytes_inter_node == pytest.approx(9000 * 4)
+    assert costs["spread"].bytes_inter_node == pytest.approx(1000 * 4 + tokens)
+    assert [cost.bytes_memory for cost in costs.values()] == pytest.approx([2250 * 16, 4500 * 16, 2500 * 16])
+
+
+def test_choice_follows_bytes_and_memory_and_says_why():
+    costs = [LayoutCost("sharded", 5e9, 1e9), LayoutCost("replicated", 1e9, 8e9), LayoutCost("spread", 2e9, 2e9)]
+    assert choose_layout(costs)[0] == "replicated"
+    layout, why = choose_layout(costs, memory_limit_bytes=4e9)
+    assert layout == "spread"
+    assert '"replicated" 1 GB (does not fit)' in why
+    assert choose_layout(costs, memory_limit_bytes=1e6)[0] == "sharded"
+    one_node = predict_layouts(ModelSize(10, 80, 1, 4, 1, 8), NodeTopology((0, 0)), 4)
+    assert choose_layout(one_node) == ("sharded", '"sharded" is the only layout for these nodes.')
+    assert one_node[0].bytes_inter_node == 0
+
+
+def test_few_tokens_spread_the_experts_and_many_replicate_them():
+    topology = NodeTopology.from_ranks_per_node(8, 16)
+    size = ModelSize(10**9, 7 * 10**9, 16, 64, 8, 2048)
+    for tokens_per_rank, expected in ((512, "spread"), (65536, "replicated")):
+        assert choose_layout(predict_layouts(size, topology, tokens_per_rank))[0] == expected
