@@ -306,6 +306,16 @@ class LocMoePreTrainedModel(SafePretrainedMixin, PreTrainedModel):
         if isinstance(module, Router | CapacityRule):
             module.reset_buffers(init.copy_)
 
+    # Writes the card of a push to the Hub: set by the package's registration. None where this file stands beside a
+    # checkpoint without the package, whose pushes carry transformers' own card.
+    model_card_writer: Callable[..., object] | None = None
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # the last step of `PushToHubMixin.push_to_hub`, which has just put a card into the folder
+        if self.model_card_writer is not None:
+            self.model_card_writer(working_dir, self.config, architecture=type(self).__name__, model_id=repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
     @property
     def sparse_blocks(self) -> list[LocMoeSparseMoeBlock]:
         """The MoE blocks, in the order of the layers of `router_stats`."""

@@ -15,14 +15,17 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from .configuration_locmoe import LocMoeConfig
+from .model_card import write_model_card
 from .modeling_locmoe import (
     LocMoeForCausalLM,
     LocMoeForSequenceClassification,
     LocMoeForTokenClassification,
     LocMoeModel,
+    LocMoePreTrainedModel,
 )
 from .moe.experts import capacity_bmm_experts_forward
 from .training.telemetry import RouterStateCallback, RoutingStatsCallback
+from .training.trainer_card import ModelCardCallback, let_trainer_write_our_card
 
 
 try:
@@ -55,10 +58,12 @@ def register() -> None:
     # `transformers serve` and TRL look `config.architectures[0]` up as an attribute of the transformers module
     for model_class in MODEL_CLASSES.values():
         setattr(transformers, model_class.__name__, model_class)
-    # ahead of the trackers' callbacks, which read the logs these two write
-    for callback in (RouterStateCallback, RoutingStatsCallback):
+    # ahead of the trackers' callbacks, which read the logs that the second writes
+    for callback in (RouterStateCallback, RoutingStatsCallback, ModelCardCallback):
         if callback not in DEFAULT_CALLBACKS:
             DEFAULT_CALLBACKS.append(callback)
+    LocMoePreTrainedModel.model_card_writer = staticmethod(write_model_card)
+    let_trainer_write_our_card()
 
 
 __all__ = ["register"]

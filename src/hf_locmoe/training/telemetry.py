@@ -122,7 +122,7 @@ class RoutingStats:
         num_scalars = len(LOSS_NAMES) + 2
         *losses, loss_forwards, forwards = values[-num_scalars:].tolist()
         layers = [_layer_summary(rows) for rows in values[:-num_scalars].view(self._shape)]
-        overall = {}
+        overall: dict[str, float] = {}
         if loss_forwards:
             overall |= {name: loss / loss_forwards for name, loss in zip(LOSS_NAMES, losses, strict=True)}
         for name in MEAN_METRICS:
