@@ -56,7 +56,8 @@ class SpreadConfig(DistributedConfig):
 
     def _validate_mesh_config(self) -> None:
         # Upstream's other checks, without its rule on `ep_size`.
-        ep_size, self.ep_size = self.ep_size, 1
+        ep_size = self.ep_size
+        self.ep_size = 1
         super()._validate_mesh_config()
         self.ep_size = ep_size
         world_size = self.dp_replicate_size * self.fsdp_size * self.tp_size
