@@ -28,13 +28,11 @@ import torch.distributed as dist
 from benchmarks import workload
 from benchmarks.cluster import Cluster, Counters, Link, run_on_nodes
 from benchmarks.record import Load, Record, Spread
-from benchmarks.step_variants import VARIANTS, Setup, Variant, build, is_available
-from tests.tolerances import TOLERANCES
+from benchmarks.step_variants import DEFAULT_VARIANTS, VARIANTS, Setup, Variant, build
 
 
 # After more steps rounding has grown through the router's choices: a token between two experts goes to the other one.
 CHECKED_STEPS = 10
-TOLERANCE = TOLERANCES[torch.float32]["rtol"]  # of the losses; the ranks' sums are taken in another order
 UNSHAPED = "unshaped"
 
 
@@ -138,7 +136,7 @@ def rows(setup: Setup, variants: list[Variant], links: list[Link], measured: dic
         if variant.is_layout:
             losses = [measured[str(link)][variant.name]["losses"] for link in links]
             row["loss_difference"] = largest_difference(losses, truth)
-        row["correct"] = row.get("loss_difference", 0.0) <= TOLERANCE
+        row["correct"] = row.get("loss_difference", 0.0) <= variant.rtol
         if not row["correct"]:
             continue
         for link in links:
@@ -205,7 +203,7 @@ def report(setup: Setup, links: list[Link], table: list[dict], load: Load, raw: 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__.splitlines()[0])
     parser.add_argument("--links", nargs="+", default=[UNSHAPED, "1gbit", "200mbit"])
-    parser.add_argument("--variants", nargs="+", default=None, choices=list(VARIANTS), help="default: all that exist")
+    parser.add_argument("--variants", nargs="+", default=DEFAULT_VARIANTS, choices=list(VARIANTS))
     for field in dataclasses.fields(Setup):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     parser.add_argument("--hardware", default=f"emulated-{os.cpu_count()}core", help="part of the results' file name")
@@ -224,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     setup = Setup(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Setup)})
-    variants = [v for v in VARIANTS.values() if (v.name in args.variants if args.variants else is_available(v, setup))]
+    variants = [VARIANTS[name] for name in args.variants]
     links = [Link(None if rate == UNSHAPED else rate) for rate in args.links]
     truth = one_process_losses(setup)
     with Load() as load:

@@ -13,7 +13,6 @@ import copy
 import importlib.util
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -21,6 +20,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.distributed import DistributedConfig
+
+from hf_locmoe.distributed.layouts import with_spread_layout
 
 
 # batched_mm copies the weights per token: gigabytes where this one takes megabytes
@@ -71,23 +72,23 @@ def batches(stream: torch.Tensor, batch_size: int, sequence_length: int, count: 
     return sequences.view(count, batch_size, sequence_length)
 
 
-def build(config: PreTrainedConfig, seed: int, distributed: dict[str, Any] | None = None) -> PreTrainedModel:
+def build(config: PreTrainedConfig, seed: int, distributed: DistributedConfig | None = None) -> PreTrainedModel:
     """A causal language model from a seed, for training.
 
     Args:
         config: the architecture.
         seed: of the initial weights, which are the same however the model is distributed.
-        distributed: arguments of transformers' `DistributedConfig`; `None` for one process. All ranks call it together.
+        distributed: who holds what; `None` for one process. All ranks call it together.
     """
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(config, experts_implementation=EXPERTS_IMPLEMENTATION)
     if distributed is not None:
         # built whole and then sharded: built sharded, every rank would draw the same weights for its own experts
-        model = type(model).from_pretrained(
+        model = with_spread_layout(type(model)).from_pretrained(
             None,
             config=copy.deepcopy(config),
             state_dict=model.state_dict(),
-            distributed_config=DistributedConfig(**distributed),
+            distributed_config=distributed,
             experts_implementation=EXPERTS_IMPLEMENTATION,
         )
     return model.train()

@@ -93,8 +93,8 @@ def test_the_report_marks_what_is_wrong():
 )
 @pytest.mark.parametrize("nodes, ranks_per_node", [(2, 2), (4, 2), (2, 8)])
 def test_every_layout_covers_the_world(variant, nodes, ranks_per_node):
-    sizes = variant.distributed_config(Setup(nodes=nodes, ranks_per_node=ranks_per_node))
-    assert sizes.get("dp_replicate_size", 1) * sizes["fsdp_size"] == nodes * ranks_per_node
+    config = variant.distributed_config(Setup(nodes=nodes, ranks_per_node=ranks_per_node))
+    assert config.dp_size == nodes * ranks_per_node
 
 
 def test_every_size_can_be_set():
