@@ -223,7 +223,8 @@ class LocMoeEP(EPImplementation):
         )
         self.topology = self.resources.topology.with_experts(self.num_experts)
         self._peers: Peers | None = None
-        self._slices: int | None = None
+        self._slices: int | None = None  # what "auto" came to
+        self._choices: tuple[FanOut, int] | None = None
         self._recomputation = Recomputation()
 
     def __call__(self, hidden_states, top_k_index, top_k_weights):
@@ -259,6 +260,8 @@ class LocMoeEP(EPImplementation):
                 self._num_slices(hidden_states, top_k_index, peers) if is_training else 1,
                 self._capacity(top_k_index, peers) if is_training else None,
             )
+        if is_training:
+            self._choices = plan.fan_out, len(plan.slices)
         return run_sliced(
             hidden_states,
             top_k_weights,
@@ -309,6 +312,11 @@ class LocMoeEP(EPImplementation):
         if self.options.fan_out != "auto":
             return self.options.fan_out
         return self._cost(peers).choose_fan_out(num_top_k, peers)
+
+    @property
+    def choices(self) -> tuple[FanOut, int] | None:
+        """Fan-out and slices of the last training step, the way "auto" decided; `None` before the first."""
+        return self._choices
 
     def _num_slices(self, hidden_states, top_k_index, peers: Peers) -> int:
         if self.options.slices != "auto":

@@ -54,12 +54,14 @@ class SpreadConfig(DistributedConfig):
         """Copies of each expert."""
         return self.dp_replicate_size * self.fsdp_size * self.tp_size // self.ep_size
 
+    def dense_config(self) -> DistributedConfig:
+        """The same without experts: what upstream can say."""
+        values = {field.name: getattr(self, field.name) for field in fields(DistributedConfig)}
+        return DistributedConfig(**(values | {"ep_size": 1}))
+
     def _validate_mesh_config(self) -> None:
-        # Upstream's other checks, without its rule on `ep_size`.
+        self.dense_config()  # upstream's checks, all but its rule on `ep_size`
         ep_size = self.ep_size
-        self.ep_size = 1
-        super()._validate_mesh_config()
-        self.ep_size = ep_size
         world_size = self.dp_replicate_size * self.fsdp_size * self.tp_size
         if self.pp_size > 1:
             raise ValueError(f"`pp_size` ({self.pp_size}) must be 1 with experts spread over nodes: set it to 1.")
@@ -94,9 +96,9 @@ class SpreadLayoutMixin:
         if not isinstance(distributed_config, SpreadConfig):
             return super().prepare_distribute_model(distributed_config, device_map=device_map)  # type: ignore[misc]
         # Upstream makes the dense mesh; to it there are no experts.
-        values = {field.name: getattr(distributed_config, field.name) for field in fields(DistributedConfig)}
-        dense_config = DistributedConfig(**(values | {"ep_size": 1}))
-        _, device_map, meshes = super().prepare_distribute_model(dense_config, device_map=device_map)  # type: ignore[misc]
+        _, device_map, meshes = super().prepare_distribute_model(  # type: ignore[misc]
+            distributed_config.dense_config(), device_map=device_map
+        )
         if meshes is None:
             return distributed_config, device_map, None
         dense_mesh = meshes.get_mesh(("pp", "dp_replicate", "fsdp", "tp"))
