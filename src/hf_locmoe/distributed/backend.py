@@ -4,7 +4,7 @@
 `LocMoeProcessGroup` is a Python subclass of `ProcessGroup`. It registers the native backends on itself, so that C++ code that
 asks for a device's backend finds one, and forwards every collective to a plain `ProcessGroup` over the same backends: a
 collective left to the base class would run with the interpreter's lock held and could block gloo's threads. Old and new names
-of torch's methods are all overridden; `tests/distributed/test_backend_surface.py` compares the list with the installed torch.
+of torch's methods are all overridden; `tests/unit/distributed/test_backend.py` compares the list with the installed torch.
 """
 
 from __future__ import annotations
