@@ -241,6 +241,23 @@ class LocMoeConfig(PreTrainedConfig):
         }
         return cls(**{**method, **overrides})
 
+    def for_run(self, **values: Any) -> LocMoeConfig:
+        """
+        A copy with other values for one run: coefficients, capacity. They hold for the models built from it and are not
+        saved: `config.json` keeps the checkpoint's.
+        """
+        config = copy.deepcopy(self)
+        config._saved_values = {name: getattr(self, name) for name in values}
+        for name, value in values.items():
+            setattr(config, name, value)
+        config.validate_architecture()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        values.update(values.pop("_saved_values", {}))
+        return values
+
     @property
     def sparse_layers(self) -> list[int]:
         """Indices of the layers whose feed-forward network is a mixture of experts."""
@@ -334,6 +351,17 @@ class LocMoeConfig(PreTrainedConfig):
             )
         for name in ("critical_capacity_quantile", "critical_max_drop_rate"):
             _require(self, name, 0 < getattr(self, name) < 1, "must be between 0 and 1, both excluded")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As [`~transformers.PreTrainedConfig.get_config_dict`]; raises `ValueError` where there is no configuration."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:  # which transformers takes for the default, a model of many gigabytes
+            raise ValueError(
+                f"`{pretrained_model_name_or_path}` has no `config.json`: it is no checkpoint, or one whose saving was cut "
+                f"off. Check the path, or pass the configuration as `config`."
+            )
+        return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
