@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Every module of the package imports, by itself and without the optional extras; and every name of the libraries below it
+Every module under `src` imports, by itself and without the optional extras; and every name of the libraries below it
 that the package leans on exists in the installed versions.
 
 `tests/upstream_symbols.txt` lists those names: all of transformers, accelerate, peft and huggingface_hub, and the private
@@ -22,7 +22,7 @@ import pytest
 
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PACKAGE = _ROOT / "src" / "hf_locmoe"
+_SRC = _ROOT / "src"
 _SYMBOLS_FILE = _ROOT / "tests" / "upstream_symbols.txt"
 _UPSTREAM = ("transformers", "accelerate", "peft", "huggingface_hub", "torch")
 _REFRESH = "run `make upstream-symbols` (or `python tests/unit/test_imports.py --write`) and look at the difference"
@@ -30,7 +30,7 @@ _EXTRAS = ("datasets", "evaluate", "matplotlib", "peft", "scipy", "tensorboard",
 
 
 def _modules() -> list[str]:
-    paths = (path.relative_to(_PACKAGE.parent).with_suffix("") for path in _PACKAGE.rglob("*.py"))
+    paths = (path.relative_to(_SRC).with_suffix("") for path in _SRC.rglob("*.py"))
     return sorted(".".join(path.parts).removesuffix(".__init__") for path in paths if path.name != "__main__.py")
 
 
@@ -92,7 +92,7 @@ class _SymbolCollector(ast.NodeVisitor):
 def _used_symbols() -> list[str]:
     """The upstream names that `src` uses, sorted, one per line of the list; optional ones end in `?`."""
     symbols: dict[str, bool] = {}
-    for path in sorted(_PACKAGE.rglob("*.py")):
+    for path in sorted(_SRC.rglob("*.py")):
         collector = _SymbolCollector()
         collector.visit(ast.parse(path.read_text(), filename=str(path)))
         for symbol, optional in collector.symbols.items():
@@ -162,9 +162,7 @@ for module in {modules!r}:
 def test_every_module_imports_first_and_without_the_extras():
     """First: in a process that has imported no other module of ours, so that a circle of imports shows in any order."""
     program = _IMPORT_EACH.format(extras=_EXTRAS, modules=_modules())
-    completed = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=_PACKAGE.parent, check=False
-    )
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=_SRC, check=False)
     assert (completed.returncode, completed.stdout) == (0, ""), completed.stdout + completed.stderr
 
 
