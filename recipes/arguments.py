@@ -6,7 +6,8 @@ Usage:
     python recipes/pretrain.py recipes/configs/tiny_cpu.yaml --max_steps 50 --model.num_experts 16
 
 The file may stand first or behind `--config`. Its keys are the options' names. An option whose value is a mapping, such
-as `model`, takes single entries by a dotted name.
+as `model`, takes single entries by a dotted name. `base: other.yaml` in a file starts from the settings of another one in
+the same folder.
 """
 
 import dataclasses
@@ -70,7 +71,7 @@ def parse_recipe(dataclass_types: list[type], argv: list[str] | None = None, des
 
 
 def _take_config_path(argv: list[str]) -> str | None:
-    if argv and argv[0].endswith((".yaml", ".yml")):
+    if argv and not argv[0].startswith("-") and argv[0].endswith((".yaml", ".yml")):
         return argv.pop(0)
     for index, argument in enumerate(argv):
         if argument == "--config":
@@ -94,7 +95,14 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
         raise ValueError(f"`config` ({path}) is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"`config` ({path}) must hold `name: value` lines, one for each option.")
-    return settings
+    base = settings.pop("base", None)
+    if base is None:
+        return settings
+    inherited = _read_yaml(str(Path(path).parent / base))
+    for name, value in settings.items():
+        is_mapping = isinstance(value, dict) and isinstance(inherited.get(name), dict)
+        inherited[name] = {**inherited[name], **value} if is_mapping else value
+    return inherited
 
 
 def _take_dotted(argv: list[str], settings: dict[str, Any], mappings: set[str]) -> None:

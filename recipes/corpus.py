@@ -9,7 +9,7 @@ Usage:
 
     python recipes/corpus.py --output runs/corpus
 
-writes `runs/corpus/train.jsonl` and `runs/corpus/validation.jsonl`, one document a line with the fields `text`, `domain` and
+writes `train.jsonl` and `validation.jsonl` into that folder, one document a line with the fields `text`, `domain` and
 `source`.
 """
 
@@ -263,7 +263,7 @@ def build_corpus(
                     documents.append({"text": piece, "domain": name, "source": source})
         random_order.shuffle(documents)
         documents = _up_to(documents, max_chars_per_domain)
-        held_out = round(validation_share * len(documents))
+        held_out = max(1, round(validation_share * len(documents))) if len(documents) > 1 else 0
         validation += documents[:held_out]
         train += documents[held_out:]
     validation, leaking = _without_leaks(train, validation)

@@ -54,11 +54,19 @@ class ModelArguments:
         default=None, metadata={"help": "Tokenizer folder or Hub name; one is trained on the text when left out."}
     )
     tokenizer_vocab_size: int = field(default=2048, metadata={"help": "Tokens of a tokenizer that is trained."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Of weights and optimizer state; `bf16: true` computes in bfloat16 anyway."},
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     hash_balance_samples: int = field(
         default=10_000, metadata={"help": "With `gate_type: hash`: training blocks counted to balance its table."}
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a model already in `output_dir`."})
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"`dtype` ({self.dtype}) must be float32, bfloat16 or float16.")
 
 
 def load_or_train_tokenizer(
@@ -176,7 +184,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if validation_documents is not None:
             validation = pack(validation_documents, tokenizer, data_args, groups, data_args.max_eval_samples)
 
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=model_args.attn_implementation)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, model_args.dtype), attn_implementation=model_args.attn_implementation
+    )
     balance_hash_gates(model, train, model_args.hash_balance_samples)
     if training_args.process_index == 0:
         size = f"{len(train):,} blocks" if hasattr(train, "__len__") else "a stream of blocks"

@@ -8,7 +8,14 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from text_data import Documents, first_samples
 
@@ -56,6 +63,25 @@ def sample_blocks(blocks: Documents, count: int, seed: int) -> Dataset:
     return first_samples(blocks.shuffle(seed=seed), count)
 
 
+class LossOnTheBar(ProgressCallback):
+    """The Trainer's progress bar with the loss beside it and one line an evaluation, in place of the whole log.
+
+    The whole log is in `trainer_state.json` and goes to the trackers of `report_to`.
+    """
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Called by the Trainer."""
+        if self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+        if "eval_perplexity" in logs:
+            self.training_bar.write(
+                f"step {state.global_step}: validation loss {logs['eval_lm_loss']:.4f}, "
+                f"perplexity {logs['eval_perplexity']:.2f}"
+            )
+
+
 def train_and_report(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -67,7 +93,7 @@ def train_and_report(
 ) -> dict[str, float]:
     """Trains a causal language model, evaluates it on both parts of the data, saves and reports.
 
-    `output_dir` then holds the model, its tokenizer, `trainer_state.json` with the log, and `all_results.json`.
+    `output_dir` then holds the model, its tokenizer and card, `trainer_state.json` with the log, and `all_results.json`.
 
     Args:
         model (`PreTrainedModel`): The model; moved and wrapped by the Trainer.
@@ -102,6 +128,9 @@ def train_and_report(
         compute_metrics=perplexity_from_losses,
         preprocess_logits_for_metrics=sequence_losses,
     )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossOnTheBar)
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() in ("last", "true"):
         resume = True  # the Trainer's word for the newest checkpoint of output_dir
@@ -115,6 +144,7 @@ def train_and_report(
         metrics |= trainer.evaluate()
     trainer.save_metrics("all", metrics, combined=False)
     trainer.save_state()
+    trainer.create_model_card()  # with what was measured
     if trainer.is_world_process_zero():
         print(f"\n{'':12}{'loss':>9}{'perplexity':>13}")
         for part, name in (("train", "training"), ("eval", "validation")):
