@@ -63,12 +63,15 @@ def _streams():
     exchange = group._all_to_all
     exchange._two_level = True  # one rank: the steps run, each with itself
     source = torch.randn(1024, 256, device="cuda")
-    dist.all_to_all_single(torch.empty_like(source), source, group=group)  # makes the communicators
+    # makes the communicators and loads the kernels: loading waits for what runs
+    dist.all_to_all_single(torch.empty_like(source), source * 2, group=group)
+    torch.cuda._sleep(1)
+    torch.zeros_like(source).add_(1).sum()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         output = torch.empty_like(source)
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(1_500_000_000)  # most of a second
         sent = source * 2  # not there yet when the exchange is begun
         work = dist.all_to_all_single(output, sent, group=group, async_op=True)
         del sent
