@@ -7,13 +7,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from hf_locmoe.distributed.expert_parallel import (
     ExpertParallelOptions,
+    LocMoeEP,
     current_expert_parallel_options,
     expert_parallel_options,
 )
-from tests.distributed.expert_parallel_runs import Variant, batches, compare, full_model, sharded_model
+from tests.distributed.expert_parallel_runs import Variant, batches, compare, full_model, sharded_model, tiny_config
 from tests.harness import run_ranks
 from tests.tolerances import TOLERANCES
 
@@ -161,6 +163,49 @@ def flip_when_recomputed(calls, module, output):
 
 def test_recomputation_uses_the_first_routing():
     assert run_ranks(recompute_with_other_routing, 4, env={"LOCMOE_RANKS_PER_NODE": "2"}) == [True] * 4
+
+
+# ---- compilation ----------------------------------------------------------------------------------------------------
+
+
+def one_layer(options):
+    """One rank's experts behind the implementation, and what it gives on this rank's tokens, plain and compiled."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    config = tiny_config("olmoe")
+    config._experts_implementation = "grouped_mm"
+    experts = OlmoeExperts(config)
+    torch.manual_seed(rank)
+    for name, parameter in list(experts.named_parameters()):
+        setattr(experts, name, torch.nn.Parameter(torch.randn(4 // world, *parameter.shape[1:])))
+    experts.num_experts, experts._is_expert_parallel = 4 // world, True
+    mesh = dist.init_device_mesh("cpu", (world, 1), mesh_dim_names=("ep", "tp"))
+    with expert_parallel_options(**options):
+        layer = LocMoeEP(experts, mesh["ep"], mesh["tp"])
+    tokens, weights = torch.randn(7, 16, requires_grad=True), torch.rand(7, 2, requires_grad=True)
+    index = torch.rand(7, 4).argsort(1)[:, :2]
+
+    def run(call):
+        leaves = [tokens, weights, *experts.parameters()]
+        output = call(tokens, index, weights)
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+
+    return layer, run
+
+
+def compile_layer(options, fullgraph):
+    layer, run = one_layer(options)
+    compiled = torch.compile(lambda *arguments: layer(*arguments), backend="aot_eager", fullgraph=fullgraph)
+    for got, expected in zip(run(compiled), run(layer)):
+        torch.testing.assert_close(got, expected, **TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize(
+    "options, fullgraph",
+    [(dict(slices=2, capacity_factor=4.0, max_tokens_per_rank=7), True), (SLICED, False)],
+    ids=["fixed shapes", "dropless"],
+)
+def test_fixed_shapes_compile_to_one_graph_and_dropless_runs_beside_the_graph(options, fullgraph):
+    run_ranks(compile_layer, 2, options, fullgraph, env={"LOCMOE_RANKS_PER_NODE": "1"})
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

@@ -107,6 +107,7 @@ class Slice(NamedTuple):
     hand_on_sizes: list[int]
     handed_sizes: list[int]
     num_pairs: int
+    room: torch.Tensor | None = None  # (P,) with a capacity
 
 
 class DispatchPlan(NamedTuple):
@@ -148,12 +149,11 @@ def plan_dispatch(
             raise ValueError(
                 f'`fan_out` ("{fan_out}") must be "rank" with a capacity, whose shapes are fixed: leave it on "auto".'
             )
-        sizes = [
-            -(-(capacity.node_local if is_local else capacity.remote) // num_slices)
-            for is_local in peers.topology.same_node(peers.rank)
-        ]
+        node_local, remote = (-(-rows // num_slices) for rows in capacity)
+        sizes = [node_local if is_near else remote for is_near in peers.topology.same_node(peers.rank)]
+        room = torch.where(peers.same_node, node_local, remote)
         destination = owner.masked_fill(~is_first_of_rank, peers.num_ranks)
-        slices = [Slice(part, destination[part], sizes, sizes, [], [], 0) for part in tokens]
+        slices = [Slice(part, destination[part], sizes, sizes, [], [], 0, room) for part in tokens]
         return DispatchPlan(top_k_index, fan_out, slices, True)
 
     # What every rank needs to know of our tokens, one row of numbers per (rank, slice).
@@ -252,7 +252,7 @@ def start_dispatch(
     """
     part = plan.slices[index]
     metadata = DispatchMetadata(peers, plan, part, wire_dtype, recomputation)
-    route = make_route(part.destination, part.send_sizes, part.recv_sizes, peers.group, plan.is_padded)
+    route = make_route(part.destination, part.send_sizes, part.recv_sizes, peers.group, part.room)
     metadata.hops.append(route)
     withdraw = recomputation.withdraw if recomputation is not None else None
     metadata.exchange = Exchange(route, wire_dtype=wire_dtype, on_backward=withdraw)
@@ -295,7 +295,8 @@ def finish_dispatch(metadata: DispatchMetadata) -> tuple[torch.Tensor, torch.Ten
         # One row per (token, local expert): experts that sum over k themselves would gather k rows for each.
         none = peers.num_local_experts
         num_pairs = local.numel() if plan.is_padded else part.num_pairs
-        route = make_route((local == none).long(), [num_pairs], [num_pairs], None, plan.is_padded)
+        room = local.new_full((1,), num_pairs) if plan.is_padded else None
+        route = make_route((local == none).long(), [num_pairs], [num_pairs], room=room)
         metadata.hops.append(route)
         exchange = Exchange(route)
         tokens, link = finish(exchange, start(exchange, tokens, after=link))

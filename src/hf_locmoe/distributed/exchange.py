@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 
 
 @dataclass(frozen=True)
@@ -52,34 +53,34 @@ def make_route(
     send_sizes: list[int],
     recv_sizes: list[int],
     group: Any = None,
-    padded: bool = False,
+    room: torch.Tensor | None = None,
 ) -> Route:
     """
-    Sorts copies by destination, in the order of the input rows within one destination. No host sync.
+    Sorts copies by destination, in the order of the input rows within one destination. Nothing goes to or from the host.
 
     Args:
         destination (`torch.Tensor` of shape `(N, W)`, int64):
             group rank each copy goes to; `len(send_sizes)` for no copy.
-        send_sizes (`list[int]`):
-            rows for each rank: the exact counts, or with `padded` the room for each rank, where what does not fit is
-            dropped (the last rows first).
-        recv_sizes, group, padded: see [`Route`].
+        send_sizes (`list[int]`): rows for each rank: the exact counts, or with `room` the room.
+        recv_sizes, group: see [`Route`].
+        room (`torch.Tensor` of shape `(len(send_sizes),)`, int64, *optional*):
+            `send_sizes` on the device, for fixed shapes: what does not fit is dropped, the last rows first, and what is
+            left of the room is padding.
     """
     num_rows, width = destination.shape
     num_destinations, num_sent = len(send_sizes), sum(send_sizes)
-    device = destination.device
     flat = destination.reshape(-1)
-    # Room and first place of every destination; no room for "no copy".
-    room = torch.tensor([*send_sizes, 0], device=device)
-    first = room.cumsum(0) - room
-    by_destination, order = torch.sort(flat, stable=True)
     counts = count(flat, num_destinations + 1)
-    position = torch.arange(flat.numel(), device=device) - (counts.cumsum(0) - counts)[by_destination]
-    place = torch.where(position < room[by_destination], first[by_destination] + position, num_sent)
+    # Room and first place of every destination; no room for "no copy".
+    sizes = torch.nn.functional.pad(counts[:-1] if room is None else room, (0, 1))
+    first = sizes.cumsum(0) - sizes
+    by_destination, order = torch.sort(flat, stable=True)
+    position = torch.arange(flat.numel(), device=flat.device) - (counts.cumsum(0) - counts)[by_destination]
+    place = torch.where(position < sizes[by_destination], first[by_destination] + position, num_sent)
     copies = torch.empty_like(flat).scatter_(0, order, place)
-    source = torch.full((num_sent + 1,), num_rows, device=device)
-    source.scatter_(0, place, order // width)
-    return Route(source[:num_sent], copies.view(num_rows, width), send_sizes, recv_sizes, group, padded)
+    source = torch.full((num_sent + 1,), num_rows, device=flat.device)
+    source = source.scatter_(0, place, order // width)[:num_sent]
+    return Route(source, copies.view(num_rows, width), send_sizes, recv_sizes, group, room is not None)
 
 
 def count(values: torch.Tensor, num_values: int) -> torch.Tensor:
@@ -123,6 +124,7 @@ class Exchange:
     on_backward: Any = None
     _columns: tuple[tuple[int, torch.dtype], ...] = ()
     _flight: _Flight | None = None
+    _traced: tuple[torch.Tensor, ...] = ()
 
     def begin(self, columns: Sequence[torch.Tensor], back: bool) -> None:
         route = self.route
@@ -168,12 +170,39 @@ def start(exchange: Exchange, *columns: torch.Tensor, after: torch.Tensor | None
     Returns:
         the ticket for [`finish`].
     """
+    if torch.compiler.is_compiling():
+        exchange._traced = tuple(_traced_exchange(exchange, column) for column in columns)
+        return columns[0].new_zeros(())
     return _Start.apply(exchange, after, *columns)
 
 
 def finish(exchange: Exchange, ticket: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Waits for a started exchange: its columns on this side, then the scalar for `start(after=...)`."""
+    if torch.compiler.is_compiling():
+        return *exchange._traced, ticket
     return _Finish.apply(exchange, ticket)
+
+
+def _traced_exchange(exchange: Exchange, column: torch.Tensor) -> torch.Tensor:
+    """The same in operations that `torch.compile` can trace and differentiate. It orders the transfers itself."""
+    route, group = exchange.route, exchange.route.group
+    sizes = [route.recv_sizes, route.send_sizes]
+    rows = column
+    if exchange.wire_dtype is not None and group is not None and column.is_floating_point():
+        rows = rows.to(exchange.wire_dtype)
+    if not exchange.back:
+        if route.padded:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
+        rows = rows.index_select(0, route.source)
+    else:
+        sizes.reverse()
+    if group is not None:
+        exchange_rows = all_to_all_single_autograd if rows.requires_grad else all_to_all_single
+        rows = wait_tensor(exchange_rows(rows, *sizes, group))
+    if exchange.back:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
+        rows = _sum_copies(rows, route.copies)
+    return rows.to(column.dtype)
 
 
 class _Start(torch.autograd.Function):
@@ -240,5 +269,5 @@ def _sum_copies(rows: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
         rows = rows.float()
     total = rows.index_select(0, copies[:, 0])
     for column in copies.unbind(1)[1:]:
-        total += rows.index_select(0, column)
+        total = total + rows.index_select(0, column)
     return total

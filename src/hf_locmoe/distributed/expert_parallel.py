@@ -221,8 +221,12 @@ class LocMoeEP(EPImplementation):
         self.flops_per_row = 2 * sum(
             parameter.numel() // parameter.size(0) for parameter in experts.parameters() if parameter.dim() == 3
         )
-        self.topology = self.resources.topology.with_experts(self.num_experts)
-        self._peers: Peers | None = None
+        device = torch.device(ep_mesh.device_type)
+        if device.type != "cpu":
+            device = torch.device(device.type, torch.accelerator.current_device_index())
+        resources = self.resources
+        topology = resources.topology.with_experts(self.num_experts)
+        self.peers = Peers(topology, resources.rank, resources.group, resources.node_group, device)
         self._slices: int | None = None  # what "auto" came to
         self._choices: tuple[FanOut, int] | None = None
         self._recomputation = Recomputation()
@@ -237,7 +241,11 @@ class LocMoeEP(EPImplementation):
                 .to_local()
                 for tensor in (hidden_states, top_k_index, top_k_weights)
             )
-        output = self._exchange(hidden_states, top_k_index, top_k_weights)
+        is_training = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+        # Without fixed shapes there are sizes to read back, so nothing to compile: one clean break of the graph.
+        has_fixed_shapes = is_training and self.options.capacity_factor is not None
+        exchange = self._exchange if has_fixed_shapes else self._exchange_in_eager
+        output = exchange(hidden_states, top_k_index, top_k_weights, is_training)
         if self.tp_mesh.size() > 1:
             output = DTensor.from_local(
                 output.contiguous(),
@@ -248,10 +256,9 @@ class LocMoeEP(EPImplementation):
             ).full_tensor()
         return output
 
-    def _exchange(self, hidden_states, top_k_index, top_k_weights):
-        peers = self._peers_on(hidden_states.device)
-        is_training = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
-        plan = self._recomputation.take(top_k_index)
+    def _exchange(self, hidden_states, top_k_index, top_k_weights, is_training: bool):
+        peers = self.peers
+        plan = None if torch.compiler.is_compiling() else self._recomputation.take(top_k_index)
         if plan is None:
             plan = plan_dispatch(
                 top_k_index.long(),
@@ -269,8 +276,10 @@ class LocMoeEP(EPImplementation):
             peers,
             self._run_padded_experts if plan.is_padded else self._run_experts,
             _WIRE_DTYPES.get(self.options.wire_dtype),
-            self._recomputation if is_training else None,
+            self._recomputation if is_training and not torch.compiler.is_compiling() else None,
         )
+
+    _exchange_in_eager = torch.compiler.disable(_exchange)
 
     def _run_experts(self, tokens, expert_ids, weights):
         # Without a row the experts would drop out of the graph, and with them this rank's part in the exchanges of the
@@ -292,12 +301,6 @@ class LocMoeEP(EPImplementation):
             # ranks, so more than that for one expert, and none of it may be dropped.
             self.experts.expert_capacity = None
         return self.experts_forward(tokens, expert_ids, weights)
-
-    def _peers_on(self, device: torch.device) -> Peers:
-        if self._peers is None or self._peers.expert_to_rank.device != device:
-            resources = self.resources
-            self._peers = Peers(self.topology, resources.rank, resources.group, resources.node_group, device)
-        return self._peers
 
     def _cost(self, peers: Peers) -> CostModel:
         if self.resources.cost is None:
@@ -321,6 +324,8 @@ class LocMoeEP(EPImplementation):
     def _num_slices(self, hidden_states, top_k_index, peers: Peers) -> int:
         if self.options.slices != "auto":
             return self.options.slices
+        if self._slices is None and torch.compiler.is_compiling():
+            return 1  # a compiled graph orders the transfers itself
         if self._slices is None:
             cost = self._cost(peers)
             most_tokens = torch.tensor(hidden_states.size(0), device=hidden_states.device)

@@ -50,7 +50,7 @@ def test_route_sorts_copies_by_destination_and_finds_them_again(num_rows, width,
 
 def test_route_of_fixed_size_drops_the_last_rows_and_pads():
     destination = torch.tensor([[0], [1], [0], [0], [2]])
-    route = make_route(destination, [2, 2], [2, 2], padded=True)
+    route = make_route(destination, [2, 2], [2, 2], room=torch.tensor([2, 2]))
     assert route.source.tolist() == [0, 2, 1, 5]
     assert route.copies.flatten().tolist() == [0, 2, 1, 4, 4]
 
@@ -59,7 +59,7 @@ def test_route_of_fixed_size_drops_the_last_rows_and_pads():
 def test_spread_and_collect_are_adjoint(padded):
     destination = torch.tensor([[0, 3], [1, 2], [3, 3], [2, 0]])
     sizes = [3, 1, 1] if padded else [2, 1, 2]
-    route = make_route(destination, sizes, sizes, padded=padded)
+    route = make_route(destination, sizes, sizes, room=torch.tensor(sizes) if padded else None)
     x = torch.randn(4, HIDDEN, dtype=torch.float64, requires_grad=True)
     spread, _ = finish(out := Exchange(route), start(out, x))
     y = torch.randn_like(spread, requires_grad=True)
