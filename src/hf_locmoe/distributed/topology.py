@@ -339,6 +339,52 @@ def format_topology(topology: NodeTopology) -> str:
     return "\n".join([head, "", *lines, *([""] if notes else []), *notes])
 
 
+def describe_job(
+    num_ranks: int | None = None,
+    ranks_per_node: int | str | None = None,
+    num_experts: int | None = None,
+    ep_size: int | None = None,
+    placement: Sequence[int] | None = None,
+) -> str:
+    """
+    The text of `locmoe topology`: the whole job, or one table for every expert-parallel group.
+
+    Args:
+        num_ranks (`int`, *optional*): ranks of the job; the launcher's when left out.
+        ranks_per_node (`int` or `str`, *optional*): see [`NodeTopology.from_ranks_per_node`]; the launcher's when left out.
+        num_experts (`int`, *optional*): experts to place.
+        ep_size (`int`, *optional*): consecutive ranks that share one copy of the experts; all when left out.
+        placement (`Sequence[int]`, *optional*): table expert -> rank of its group.
+
+    Raises:
+        ValueError: a shape that does not fit, or one that the environment does not tell.
+    """
+    by_hand = ranks_per_node if ranks_per_node is not None else os.environ.get(RANKS_PER_NODE_VARIABLE)
+    if num_ranks is not None or ranks_per_node is not None:
+        topology = NodeTopology.from_ranks_per_node(by_hand or num_ranks or 1, num_ranks)
+    else:
+        known = NodeTopology.from_environment()
+        if known is None:
+            raise ValueError(
+                "`ranks_per_node` (None) cannot be told from this process's environment: give the number of ranks and the "
+                f"ranks of a node, or set `{RANKS_PER_NODE_VARIABLE}`."
+            )
+        topology = known
+    ep_size = ep_size or topology.num_ranks
+    if topology.num_ranks % ep_size:
+        raise ValueError(
+            f"`ep_size` ({ep_size}) must divide the number of ranks ({topology.num_ranks}): set it to a divisor of "
+            f"{topology.num_ranks}."
+        )
+    groups = [topology.subset(range(first, first + ep_size)) for first in range(0, topology.num_ranks, ep_size)]
+    if num_experts is not None:
+        with warnings.catch_warnings():
+            # the table says it
+            warnings.simplefilter("ignore")
+            groups = [group.with_experts(num_experts, placement, allow_uneven=True) for group in groups]
+    return "\n\n".join(map(format_topology, groups))
+
+
 def _ranges(numbers: Sequence[int]) -> str:
     """(0, 1, 2, 5) -> `0-2, 5`."""
     parts: list[list[int]] = []
