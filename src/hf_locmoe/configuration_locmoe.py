@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from fnmatch import fnmatch
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -204,15 +206,7 @@ class LocMoeConfig(PreTrainedConfig):
             self.moe_intermediate_size = self.intermediate_size
         if self.mlp_only_layers is None:
             self.mlp_only_layers = []
-        if self.qk_norm == "full":
-            # the norm runs over the whole projection, so a tensor-parallel rank has to gather it first
-            self.base_model_tp_plan = {
-                **type(self).base_model_tp_plan,
-                **{f"layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"},
-                "layers.*.self_attn.o_proj": "rowwise_split_input",
-            }
-            for name in ("q_norm", "k_norm"):
-                self.base_model_tp_plan.pop(f"layers.*.self_attn.{name}")
+        self._choose_parallel_plans()
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -241,6 +235,25 @@ class LocMoeConfig(PreTrainedConfig):
         }
         return cls(**{**method, **overrides})
 
+    def _choose_parallel_plans(self):
+        """The rules for what this architecture has: transformers warns of rules that match nothing."""
+        tp_plan, ep_plan = dict(type(self).base_model_tp_plan), dict(type(self).base_model_ep_plan)
+        if self.qk_norm == "full":
+            # the norm runs over the whole projection, so a tensor-parallel rank has to gather it first
+            tp_plan |= {f"layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"}
+            tp_plan["layers.*.self_attn.o_proj"] = "rowwise_split_input"
+        absent = ["experts.up_proj"] if self.gated_mlp else ["experts.gate_up_proj", "gate_proj"]
+        if self.qk_norm != "head":
+            absent += ["q_norm", "k_norm"]
+        if not self.num_shared_experts:
+            absent.append("shared_experts.*")
+        if len(self.sparse_layers) == self.num_hidden_layers:
+            absent += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        for plan in (tp_plan, ep_plan):
+            for rule in [rule for rule in plan if any(fnmatch(rule, f"*.{pattern}") for pattern in absent)]:
+                del plan[rule]
+        self.base_model_tp_plan, self.base_model_ep_plan = tp_plan, ep_plan
+
     def for_run(self, **values: Any) -> LocMoeConfig:
         """
         A copy with other values for one run: coefficients, capacity. They hold for the models built from it and are not
@@ -255,6 +268,7 @@ class LocMoeConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
+        values.pop("base_model_ep_plan", None)
         values.update(values.pop("_saved_values", {}))
         return values
 

@@ -47,6 +47,14 @@ from .moe.routing import Router, RouterStat, router_statistics
 from .pretrained_io import SafePretrainedMixin
 
 
+try:
+    from .distributed.parallel_run import ParallelRunMixin
+except ImportError:  # transformers before 5.23; and the flat copy beside a checkpoint, which is for one process
+
+    class ParallelRunMixin:  # type: ignore[no-redef]
+        """Models are whole."""
+
+
 GATES: dict[str, type[Router]] = {"locmoe": LocMoeGate, "switch": SwitchGate, "hash": HashGate}
 
 
@@ -254,7 +262,7 @@ class LocMoeDecoderLayer(GradientCheckpointingLayer):
         return (hidden_states, *statistics) if statistics else hidden_states
 
 
-class LocMoePreTrainedModel(SafePretrainedMixin, PreTrainedModel):
+class LocMoePreTrainedModel(ParallelRunMixin, SafePretrainedMixin, PreTrainedModel):
     """What the models share: initial weights, router losses and the router state that is not learned by gradient."""
 
     config: LocMoeConfig

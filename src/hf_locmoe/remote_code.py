@@ -13,6 +13,7 @@ import ast
 import functools
 import os
 import re
+import textwrap
 from pathlib import Path
 
 
@@ -94,6 +95,7 @@ def _flatten(module: str, package_directory: Path, package_name: str) -> tuple[s
         )
     file, package = located
     text = file.read_text(encoding="utf-8")
+    text = _without_optional_imports(text, str(file), package_name)
     lines = text.splitlines(keepends=True)
     imported = []
     for node in ast.walk(ast.parse(text, filename=str(file))):
@@ -114,6 +116,24 @@ def _flatten(module: str, package_directory: Path, package_name: str) -> tuple[s
         )
         imported.append(target)
     return "".join(lines), imported
+
+
+def _without_optional_imports(text: str, file_name: str, package_name: str) -> str:
+    """
+    `try: from .x import y` with an `except ImportError:` marks what a checkpoint does without: its flat form is the
+    except's body.
+    """
+    lines = text.splitlines(keepends=True)
+    for node in reversed(ast.parse(text, filename=file_name).body):
+        if not isinstance(node, ast.Try) or not any(
+            isinstance(inner, ast.ImportFrom) and (inner.level or (inner.module or "").split(".")[0] == package_name)
+            for inner in node.body
+        ):
+            continue
+        fallback = node.handlers[0].body
+        kept = "".join(lines[fallback[0].lineno - 1 : fallback[-1].end_lineno])
+        lines[node.lineno - 1 : node.end_lineno] = textwrap.dedent(kept).splitlines(keepends=True)
+    return "".join(lines)
 
 
 def _target(node: ast.ImportFrom, package: list[str], package_name: str) -> str | None:

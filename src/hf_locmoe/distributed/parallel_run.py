@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The parallel run that models built from now on belong to.
+
+A Trainer script says `from_pretrained(name)` or `from_config(config)` and nothing of ranks. The run's plugin says the rest
+here, once, before the model is built; [`ParallelRunMixin`] on a model class then shards what the script asks for. Nothing of
+it reaches `config.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+from .expert_parallel import ExpertParallelOptions, expert_parallel_options, job_topology
+from .layouts import ModelSize, SpreadLayoutMixin, choose_layout, layout_config, predict_layouts
+from .router_scope import RouterScope
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ParallelRun:
+    """
+    How a run spreads its models.
+
+    Args:
+        layout (`str`, defaults to `"auto"`): One of `layouts.LAYOUTS`, or `"auto"`: the one predicted to send the fewest
+            bytes between nodes among those that fit into memory.
+        tp_size (`int`, defaults to 1): Tensor-parallel ranks, inside a node.
+        ep_size (`int`, *optional*): Ranks that hold different experts; as many as possible if not given.
+        ep_implementation (`str`, defaults to `"locmoe"`): A name in transformers' `EPImplementationInterface`.
+        tokens_per_rank (`int`, defaults to 8192): Tokens of a rank in a micro-batch, for `"auto"`.
+        accumulation_steps (`int`, defaults to 1): Micro-batches in a step, for `"auto"`.
+        memory_limit_bytes (`float`, *optional*): Memory of a rank for parameters, gradients and optimizer state, for
+            `"auto"`; no limit if not given.
+        options ([`ExpertParallelOptions`], *optional*): Of the exchange; the environment's if not given.
+        config_overrides (`tuple` of pairs, defaults to none): Fields of a [`LocMoeConfig`] and their values in this run.
+            They are not saved with the model.
+    """
+
+    layout: str = "auto"
+    tp_size: int = 1
+    ep_size: int | None = None
+    ep_implementation: str = "locmoe"
+    tokens_per_rank: int = 8192
+    accumulation_steps: int = 1
+    memory_limit_bytes: float | None = None
+    options: ExpertParallelOptions | None = None
+    config_overrides: tuple[tuple[str, Any], ...] = ()
+
+    def override(self, config: Any) -> Any:
+        """A config for this run: the same one where nothing is overridden, or where it is another architecture's."""
+        if not self.config_overrides or not hasattr(config, "for_run"):
+            return config
+        return config.for_run(**dict(self.config_overrides))
+
+    def distributed_config(self, size: ModelSize) -> DistributedConfig:
+        """The `DistributedConfig` for a model of this size. Initialises the process group where the script has not."""
+        topology = job_topology()
+        layout = self.layout
+        if layout == "auto":
+            costs = predict_layouts(size, topology, self.tokens_per_rank, self.accumulation_steps)
+            layout, reason = choose_layout(costs, self.memory_limit_bytes)
+            if dist.get_rank() == 0:
+                logger.warning(f"layout: {reason}")
+        if size.num_experts == 0:
+            return layout_config("sharded", topology, 1, self.tp_size, 1)
+        return layout_config(
+            layout,
+            topology,
+            size.num_experts,
+            tp_size=self.tp_size,
+            ep_size=self.ep_size,
+            ep_implementation=self.ep_implementation,
+        )
+
+
+_run: ParallelRun | None = None
+_is_building = False
+
+
+def set_parallel_run(run: ParallelRun | None) -> None:
+    """Sets the run for the models that are built from now on; None: models are whole, on every rank."""
+    global _run
+    _run = run
+
+
+def current_parallel_run() -> ParallelRun | None:
+    """The run that a model built now belongs to; None for a part of a model that is being built."""
+    return None if _is_building else _run
+
+
+def _in_distributed_job() -> bool:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    # the script has not touched its devices yet: Accelerate initialises the default group as it would for Trainer
+    from accelerate import PartialState
+
+    return PartialState().num_processes > 1
+
+
+@contextmanager
+def _building(run: ParallelRun) -> Iterator[None]:
+    """Inside, models are built as transformers builds them: heads build their decoder with `from_config`, for example."""
+    global _is_building
+    changes = {} if run.options is None else vars(run.options)
+    with expert_parallel_options(**changes):
+        _is_building = True
+        try:
+            yield
+        finally:
+            _is_building = False
+
+
+class ParallelRunMixin(SpreadLayoutMixin):
+    """For a transformers model class, before `PreTrainedModel`: `from_pretrained` and `from_config` shard for the run."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        run = current_parallel_run()
+        if run is None or kwargs.get("distributed_config") is not None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
+        config = kwargs.get("config")
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path)
+        kwargs["config"] = config = run.override(config)
+        if not _in_distributed_job():
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
+        if kwargs.pop("device_map", None) is not None and dist.get_rank() == 0:
+            logger.warning("`device_map` has no effect in a parallel run: the layout places the parameters.")
+        with _building(run):
+            kwargs["distributed_config"] = run.distributed_config(model_size(cls, config))
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
+        join_run(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        run = current_parallel_run()
+        if run is None:
+            return super()._from_config(config, **kwargs)  # type: ignore[misc]
+        config = run.override(config)
+        if not _in_distributed_job():
+            return super()._from_config(config, **kwargs)  # type: ignore[misc]
+        with _building(run):
+            distributed_config = run.distributed_config(model_size(cls, config))
+            whole = super()._from_config(config, **kwargs)  # type: ignore[misc]
+            state_dict = whole.state_dict()
+            # what one process would have drawn, also where the script seeds ranks differently
+            for tensor in state_dict.values():
+                dist.broadcast(tensor, src=0)
+            model = cls.from_pretrained(
+                None,
+                config=whole.config,
+                state_dict=state_dict,
+                distributed_config=distributed_config,
+                dtype=whole.dtype,
+            )
+        model.train(whole.training)
+        join_run(model)
+        return model
+
+
+def model_size(model_class: type, config: Any) -> ModelSize:
+    """Parameters and experts of the model that `config` describes, without memory for it."""
+    with torch.device("meta"):
+        return ModelSize.of(model_class(config))
+
+
+def join_run(model: Any) -> None:
+    """What a sharded model has to know of the run: whose router statistics it shares, and which experts are near."""
+    # It is sharded: `Accelerator.prepare` leaves it as it is, where it would wrap it in DDP and fail.
+    model._is_accelerate_prepared = True
+    base_model = model.base_model
+    if not hasattr(base_model, "router_scope"):
+        return
+    topology = job_topology()
+    node = topology.node_of_rank(dist.get_rank())
+    near = None
+    distributed_config = model.config.distributed_config
+    if distributed_config.ep_size > 1:
+        ranks = dist.get_process_group_ranks(model._mesh_manager.get_mesh("ep").get_group())
+        experts = topology.subset(ranks).with_experts(model.config.num_experts)
+        if experts.num_nodes > 1:
+            near = torch.tensor(experts.node_local_experts(ranks.index(dist.get_rank())))
+    base_model.router_scope = RouterScope(num_nodes=topology.num_nodes, node=node, node_local_experts=near)
+
+
+__all__ = ["ParallelRun", "ParallelRunMixin", "current_parallel_run", "join_run", "set_parallel_run"]
