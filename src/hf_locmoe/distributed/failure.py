@@ -9,9 +9,12 @@ failure ends the wait of all. A rank without a report is lost or stalled.
 from __future__ import annotations
 
 import json
+import queue
 import threading
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -61,6 +64,7 @@ class FailureDesk:
 
     def __init__(self, store, rank: int, topology: NodeTopology, timeout_s: float) -> None:
         self._store = store
+        self._asker = _Asker()
         self._rank = rank
         self._topology = topology
         self._lock = threading.Lock()
@@ -75,6 +79,7 @@ class FailureDesk:
         self.grace_s = min(0.2 * timeout_s, 30.0)
         self.patience_s = timeout_s - self.grace_s
         self.glance_s = min(1.0, 0.25 * self.grace_s)
+        self.glance = timedelta(seconds=self.glance_s)
 
     def open_call(self, collective: str) -> Call:
         """The next collective of the group."""
@@ -84,7 +89,9 @@ class FailureDesk:
     def alarm_raised(self) -> bool:
         """Whether another rank of the group gave up. One round trip to the store."""
         try:
-            return self._store.check([_ALARM])
+            return self._asker.ask(lambda: self._store.check([_ALARM]), self.glance_s)
+        except _NoAnswerError:
+            return False  # perhaps the link comes back: this rank's own patience decides
         except RuntimeError:
             return True
 
@@ -104,13 +111,18 @@ class FailureDesk:
 
     def _find_out(self, call: Call, cause: str) -> str:
         head = f"{call} failed on {self._topology.describe_rank(self._rank)}: "
+        heard: dict[int, Report | None] = {}
+        report = Report(call, self._last_sequence, cause)
         try:
-            reports = self._exchange_reports(Report(call, self._last_sequence, cause))
+            self._asker.ask(lambda: self._exchange_reports(report, heard), self.grace_s + self.glance_s)
         except RuntimeError as error:
-            return (
-                f"{head}{cause}. The store does not answer either ({_first_line(error)}): the process that hosts it (rank 0, "
-                "unless the launcher does) was lost, or this node is cut off from it. Look at that process's log first."
-            )
+            if not (heard and isinstance(error, _NoAnswerError)):
+                return (
+                    f"{head}{cause}. The store does not answer either ({_first_line(error)}): the process that hosts it (rank "
+                    "0, unless the launcher does) was lost, or this node is cut off from it. Look at that process's log first."
+                )
+        # a copy: the thread may be writing still
+        reports = {rank: known for rank, known in list(heard.items()) if known is not None}
         others = [rank for rank in range(self._topology.num_ranks) if rank != self._rank]
         missing = [rank for rank in others if rank not in reports]
         behind = [rank for rank in others if rank in reports and reports[rank].last_sequence < call.sequence]
@@ -151,21 +163,22 @@ class FailureDesk:
             f"saw: {cause}"
         )
 
-    def _exchange_reports(self, report: Report) -> dict[int, Report]:
+    def _exchange_reports(self, report: Report, heard: dict[int, Report | None]) -> None:
+        """Fills in what the store says of each other rank, `None` as long as it has no report."""
         self._store.set(f"{_REPORT}/{self._rank}", json.dumps(report))
         self._store.set(_ALARM, "")
         waiting = set(range(self._topology.num_ranks)) - {self._rank}
-        reports: dict[int, Report] = {}
         give_up_at = time.monotonic() + self.grace_s
         while waiting and time.monotonic() < give_up_at:
             for rank in sorted(waiting):
-                if self._store.check([f"{_REPORT}/{rank}"]):
+                has_report = self._store.check([f"{_REPORT}/{rank}"])
+                heard.setdefault(rank, None)
+                if has_report:
                     call, *rest = json.loads(self._store.get(f"{_REPORT}/{rank}"))
-                    reports[rank] = Report(Call(*call), *rest)
-            waiting -= reports.keys()
+                    heard[rank] = Report(Call(*call), *rest)
+                    waiting.remove(rank)
             if waiting:
                 time.sleep(0.1 * self.glance_s)
-        return reports
 
     def _name(self, ranks: list[int]) -> str:
         named = ", ".join(map(self._topology.describe_rank, ranks[:8]))
@@ -178,6 +191,44 @@ class FailureDesk:
             if set(self._topology.ranks_of_node(node)) <= set(ranks)
         ]
         return f"All ranks of node {', '.join(gone)} are among them: a lost node or a cut link. " if gone else ""
+
+
+class _NoAnswerError(RuntimeError):
+    """The store did not answer in time."""
+
+
+class _Asker:
+    """
+    Asks the store from a thread, one question at a time, and waits so long for the answer: a store beyond a cut link does not
+    fail, it never answers. A question without an answer keeps its thread until the kernel gives the connection up.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def ask(self, question: Callable[[], Any], timeout_s: float) -> Any:
+        end = time.monotonic() + timeout_s
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise _NoAnswerError(f"no answer in {timeout_s:g} s")
+        answer: queue.SimpleQueue = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                answer.put((question(), None))
+            except Exception as error:
+                answer.put((None, error))
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+        try:
+            value, error = answer.get(timeout=max(end - time.monotonic(), 0.0))
+        except queue.Empty:
+            raise _NoAnswerError(f"no answer in {timeout_s:g} s") from None
+        if error is not None:
+            raise error
+        return value
 
 
 def _first_line(error: BaseException) -> str:

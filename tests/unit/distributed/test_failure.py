@@ -110,6 +110,25 @@ def test_a_store_that_is_gone():
     assert "The store does not answer either (Broken pipe)" in message
 
 
+def test_a_store_beyond_a_cut_link_never_answers():
+    link_is_back = threading.Event()
+
+    class MuteStore:
+        def set(self, key, value):
+            assert link_is_back.wait(30)
+            return False
+
+        def check(self, keys):
+            return self.set(keys, "")
+
+    desk = FailureDesk(MuteStore(), 1, NodeTopology.from_ranks_per_node(2, num_ranks=2), 1.0)
+    assert not desk.alarm_raised()
+    assert not desk.alarm_raised(), "while the first question hangs"
+    message = str(desk.explain(desk.open_call("barrier"), "boom"))
+    assert "The store does not answer either (no answer in" in message
+    link_is_back.set()
+
+
 @pytest.mark.parametrize("timeout_s", [1.0, 10.0, 600.0])
 def test_waiting_and_asking_fit_into_the_timeout(timeout_s):
     (desk,) = desks(1, timeout_s)
