@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LocMoeConfig`: the architecture of a LocMoE checkpoint, and nothing about the run that trains it."""
 
-from __future__ import annotations
+# Annotations have to be types here, not strings: `@strict` leaves a field whose type is a string unchecked.
 
 import copy
+import math
 import os
 from fnmatch import fnmatch
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
 from .remote_code import AUTO_MAP, write_remote_code
@@ -155,7 +157,7 @@ class LocMoeConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     qk_norm: Literal["head", "full"] | None = None
-    clip_qkv: float | None = None
+    clip_qkv: float | int | None = None
     sliding_window: int | None = None
 
     mlp_only_layers: list[int] | None = None
@@ -206,12 +208,12 @@ class LocMoeConfig(PreTrainedConfig):
             self.moe_intermediate_size = self.intermediate_size
         if self.mlp_only_layers is None:
             self.mlp_only_layers = []
-        self._choose_parallel_plans()
         super().__post_init__(**kwargs)
         self.validate_architecture()
+        self._choose_parallel_plans()
 
     @classmethod
-    def paper(cls, **overrides: Any) -> LocMoeConfig:
+    def paper(cls, **overrides: Any) -> "LocMoeConfig":
         """
         The method of arXiv 2401.13920 to the letter: group means through a ReLU with noise in training (eq. 2-4), top-1,
         GeLU experts (eq. 1), load balance with alpha = 0.01 and the locality loss (eq. 5-7).
@@ -254,7 +256,7 @@ class LocMoeConfig(PreTrainedConfig):
                 del plan[rule]
         self.base_model_tp_plan, self.base_model_ep_plan = tp_plan, ep_plan
 
-    def for_run(self, **values: Any) -> LocMoeConfig:
+    def for_run(self, **values: Any) -> "LocMoeConfig":
         """
         A copy with other values for one run: coefficients, capacity. They hold for the models built from it and are not
         saved: `config.json` keeps the checkpoint's.
@@ -290,10 +292,28 @@ class LocMoeConfig(PreTrainedConfig):
         ).split():
             _require(self, name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("num_shared_experts", "gate_noise_std", "balance_bias_update_rate"):
-            _require(self, name, getattr(self, name) >= 0, "must not be negative")
+            _require(self, name, 0 <= getattr(self, name) < math.inf, "must be finite and not negative: 0 is off")
         for name in ("router_aux_loss_coef", "locality_loss_coef"):
-            _require(self, name, getattr(self, name) >= 0, "must not be negative: set it to 0 to turn the loss off")
-        _require(self, "initializer_range", self.initializer_range > 0, "must be positive")
+            within = 0 <= getattr(self, name) < math.inf
+            _require(self, name, within, "must be finite and not negative: set it to 0 to turn the loss off")
+        for name in ("initializer_range", "rms_norm_eps"):
+            _require(self, name, 0 < getattr(self, name) < math.inf, "must be finite and positive")
+        _require(self, "attention_dropout", 0 <= self.attention_dropout < 1, "must be at least 0 and less than 1")
+        for name in ("sliding_window", "clip_qkv"):
+            value = getattr(self, name)
+            _require(self, name, value is None or value > 0, "must be positive: leave it out (`None`) to turn it off")
+        in_vocabulary = self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size
+        _require(
+            self,
+            "pad_token_id",
+            in_vocabulary,
+            f"must be from 0 to {self.vocab_size - 1}, below `vocab_size` ({self.vocab_size}), or None for no padding",
+        )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` ({self.hidden_act}) must be one of {sorted(ACT2FN)}.")
+        rope_types, rope_type = ["default", *ROPE_INIT_FUNCTIONS], self.rope_parameters["rope_type"]
+        if rope_type not in rope_types:
+            raise ValueError(f"`rope_parameters` has `rope_type` ({rope_type}), which must be one of {sorted(set(rope_types))}.")
 
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -344,25 +364,31 @@ class LocMoeConfig(PreTrainedConfig):
         share = self.locality_remote_share
         _require(self, "locality_remote_share", 0 < share < 1, "must be between 0 and 1, both excluded")
         if self.gate_type != "locmoe":
-            for name in ("gate_centering", "gate_rotation"):
+            for name in ("gate_centering", "gate_rotation", "gate_relu"):
                 if getattr(self, name):
                     logger.warning_once(f"`{name}` (True) has no effect with `gate_type` ('{self.gate_type}').")
-        if self.gate_type == "hash" and self.balance_bias_update_rate:
-            logger.warning_once(
-                f"`balance_bias_update_rate` ({self.balance_bias_update_rate}) has no effect with `gate_type` ('hash')."
-            )
+        if self.gate_type == "hash":
+            for name in ("balance_bias_update_rate", "gate_noise_std", "norm_topk_prob"):
+                if getattr(self, name):
+                    logger.warning_once(f"`{name}` ({getattr(self, name)}) has no effect with `gate_type` ('hash').")
 
     def _validate_capacity(self):
         factor = self.expert_capacity_factor
-        if self.capacity_mode == "factor" and (factor is None or factor <= 0):
+        if self.capacity_mode == "factor" and not (factor is not None and 0 < factor < math.inf):
             raise ValueError(
-                f"`expert_capacity_factor` ({factor}) must be positive with `capacity_mode` ('factor'): set it to 1.25, "
-                f"for example."
+                f"`expert_capacity_factor` ({factor}) must be finite and positive with `capacity_mode` ('factor'): set it "
+                f"to 1.25, for example."
             )
         if self.capacity_mode != "factor" and factor is not None:
             logger.warning_once(
                 f"`expert_capacity_factor` ({factor}) has no effect with `capacity_mode` ('{self.capacity_mode}')."
             )
+        if self.capacity_mode == "dropless":
+            for name, default in (("capacity_overflow", "drop"), ("capacity_at_eval", False)):
+                if getattr(self, name) != default:
+                    logger.warning_once(
+                        f"`{name}` ({getattr(self, name)}) has no effect with `capacity_mode` ('dropless')."
+                    )
         for name in ("critical_capacity_quantile", "critical_max_drop_rate"):
             _require(self, name, 0 < getattr(self, name) < 1, "must be between 0 and 1, both excluded")
 
