@@ -229,7 +229,7 @@ class LocMoeProcessGroup(dist.ProcessGroup):
     def send(self, tensors, dst, tag, *args, **kwargs):
         self._check_process()
         near = self.topology.node_of_rank(dst) == self.topology.node_of_rank(self._rank)
-        num_bytes = _num_bytes(tensors)
+        num_bytes, _ = _measure(tensors)
         self._traffic.add("send", 1, int(near), int(not near), num_bytes * near, num_bytes * (not near))
         call = Call(0, f"send to {self.topology.describe_rank(dst)}", self._desk.label)
         return watch(self._inner.send(tensors, dst, tag, *args, **kwargs), call, self._desk, tensors[0])
@@ -266,10 +266,12 @@ def _forward(method: str, collective: str, payload: int, sent: Callable[[int, in
 
     def call(self: LocMoeProcessGroup, *args, **kwargs):
         self._check_process()
-        tensors = args[payload] if len(args) > payload else None
-        self._count_ring(collective, *sent(_num_bytes(tensors), self._size))
+        num_bytes, tensor = _measure(args[payload] if len(args) > payload else None)
+        self._count_ring(collective, *sent(num_bytes, self._size))
         record = self._desk.open_call(collective)
-        return watch(getattr(self._inner, method)(*args, **kwargs), record, self._desk, _first_tensor(args))
+        if tensor is None and args:
+            tensor = _measure(args)[1]
+        return watch(getattr(self._inner, method)(*args, **kwargs), record, self._desk, tensor)
 
     call.__name__ = method
     call.__doc__ = f"`torch.distributed.{collective}` by the inner backend."
@@ -314,20 +316,17 @@ for _method, _row in _COLLECTIVES.items():
         setattr(LocMoeProcessGroup, _method, _forward(_method, *_row))
 
 
-def _tensors(value) -> list[torch.Tensor]:
+def _measure(value) -> tuple[int, torch.Tensor | None]:
+    """Bytes in a tensor or in lists of tensors, and the first of them."""
     if isinstance(value, torch.Tensor):
-        return [value]
+        return value.nbytes, value
+    num_bytes, first = 0, None
     if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
-
-
-def _num_bytes(value) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(value))
-
-
-def _first_tensor(args: tuple) -> torch.Tensor | None:
-    return next(iter(_tensors(args)), None)
+        for item in value:
+            more, tensor = _measure(item)
+            num_bytes += more
+            first = tensor if first is None else first
+    return num_bytes, first
 
 
 # ---- what others call --------------------------------------------------------------------------------------------------

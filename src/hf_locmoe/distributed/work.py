@@ -149,35 +149,44 @@ class WatchedWork(dist.Work):
         self._call = call
         self._watch = watch
         self._finish = finish
-        self._finishing = threading.Lock()
+        self._finishing = threading.Lock() if finish is not None else None
         self._started = time.monotonic()
 
     def wait(self, timeout: timedelta = NO_TIMEOUT) -> bool:
+        if timeout:
+            self._wait_in_glances(time.monotonic() + timeout.total_seconds(), raise_plainly=True)
+        else:
+            try:
+                # nearly always the whole story
+                self._inner.wait(self._watch.glance)
+            except RuntimeError:
+                self._wait_in_glances(self._started + self._watch.patience_s, raise_plainly=False)
+        if self._finish is not None:
+            self._run_finish()
+        return True
+
+    def _wait_in_glances(self, end: float, raise_plainly: bool) -> None:
+        """Until `end`, with a look at the alarm now and then. `raise_plainly`: running out of time is the caller's affair."""
         watch = self._watch
-        limit = timeout.total_seconds()
-        end = time.monotonic() + limit if limit else self._started + watch.patience_s
         while True:
             left = max(end - time.monotonic(), 0.001)
             try:
-                self._inner.wait(timedelta(seconds=min(left, watch.glance_s)))
-                break
+                self._inner.wait(min(timedelta(seconds=left), watch.glance))
+                return
             except RuntimeError as error:
                 if self._inner.is_completed():
                     raise watch.explain(self._call, _cause(error)) from error
                 late = time.monotonic() >= end
-                if late and limit:
+                if late and raise_plainly:
                     raise
                 if late or watch.alarm_raised():
                     cause = (
                         f"no end after {time.monotonic() - self._started:.1f} s" if late else "another rank gave up"
                     )
                     raise watch.explain(self._call, cause) from error
-        self._run_finish()
-        return True
 
     def _run_finish(self) -> None:
-        if self._finish is None:
-            return
+        assert self._finishing is not None
         with self._finishing:
             if self._finish is not None:
                 self._finish()

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_locmoe.cli import main
 from hf_locmoe.distributed.topology import NodeTopology, contiguous_placement, format_topology
 
 
@@ -182,3 +183,24 @@ def test_256_ranks_are_quick_to_lay_out():
     topology = NodeTopology.from_ranks_per_node(8, num_ranks=256).with_experts(512)
     assert topology.experts_of_node(31) == tuple(range(496, 512))
     assert len(format_topology(topology).splitlines()) == 2 + 1 + 256
+
+
+def test_the_command_line(capsys):
+    options = ["--ranks", "8", "--ranks-per-node", "2", "--experts", "8", "--ep-size", "4"]
+    assert main(["topology", *options]) == 0
+    first, second = capsys.readouterr().out.split("\n\n4 ranks")
+    assert first.startswith("4 ranks on 2 nodes, 2 ranks a node, 8 experts, 2 a rank")
+    assert "3        7  6-7" in second
+    assert main(["topology", *options, "--placement", "3,3,2,2,1,1,0,0"]) == 0
+    assert "3        7  0-1" in capsys.readouterr().out
+
+
+def test_the_command_line_tells_what_does_not_fit(capsys, monkeypatch):
+    assert main(["topology", "--ranks", "8", "--ep-size", "3"]) == 1
+    assert "`ep_size` (3) must divide the number of ranks (8)" in capsys.readouterr().err
+    assert main(["topology", "--ranks", "4", "--ranks-per-node", "1", "--experts", "2"]) == 0
+    assert "No expert on node 1, 3" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["topology"]) == 1
+    assert "cannot be told from this process's environment" in capsys.readouterr().err
