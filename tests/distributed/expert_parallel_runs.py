@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.distributed import DistributedConfig
 
+from hf_locmoe import LocMoeConfig
 from hf_locmoe.distributed.expert_parallel import expert_parallel_options
 
 
@@ -38,6 +39,18 @@ def tiny_config(family: str, num_experts: int = 4, num_experts_per_tok: int = 2)
     elif family == "mixtral":
         config = MixtralConfig(
             **_SIZES, intermediate_size=12, num_local_experts=num_experts, num_experts_per_tok=num_experts_per_tok
+        )
+    elif family == "locmoe":
+        # Router losses are over all ranks' tokens; here every batch is one loss of its own.
+        config = LocMoeConfig(
+            **_SIZES,
+            moe_intermediate_size=12,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            num_shared_experts=1,
+            gate_type="switch",
+            router_aux_loss_coef=0.0,
+            locality_loss_coef=0.0,
         )
     else:
         config = Qwen3MoeConfig(

@@ -41,6 +41,7 @@ def compare_all(variants):
         pytest.param(
             [
                 Variant(EP4, SLICED),
+                Variant(EP4, SLICED, family="locmoe"),
                 Variant(EP4, PLAIN, family="mixtral", experts="eager"),
                 Variant(EP4, dict(slices="auto"), family="qwen3"),
             ],
@@ -76,7 +77,7 @@ def test_two_ranks_on_two_nodes_equal_one_process():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks_per_node", ["1", "2", "3,1", "4"])
-@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3"])
+@pytest.mark.parametrize("family", ["locmoe", "olmoe", "mixtral", "qwen3"])
 def test_every_family_top_k_and_topology_equals_one_process(family, ranks_per_node):
     variants = [
         Variant(mesh, options, family=family, num_experts=8, num_experts_per_tok=top_k, lengths=(5, 9, 2))

@@ -32,10 +32,11 @@ def compare_spread(variants):
         model_class = with_spread_layout(type(full_model(variant)))
         model = compare(variant, TOLERANCES[torch.float32], config_class=SpreadConfig, model_class=model_class)
         dense = model.model.layers[0].self_attn.q_proj.weight
-        experts = model.model.layers[0].mlp.experts.gate_up_proj
+        experts = model.model.layers[0].mlp.experts.down_proj
         assert isinstance(dense, DTensor) and isinstance(experts, DTensor)
-        # The dense layers: a copy per node, sharded in it. The experts: one copy over all ranks.
-        assert experts.to_local().size(0) * 4 == variant.num_experts
+        # The dense layers: a copy per node, sharded in it. The experts: over all ranks, or whole where replicated.
+        parts = variant.mesh["ep_size"] if "replicate_experts" in variant.mesh else 4
+        assert experts.to_local().size(0) * parts == variant.num_experts
         assert dense.to_local().numel() * 2 == dense.numel()
 
 
@@ -45,6 +46,7 @@ def test_spread_layout_equals_one_process():
         Variant(SPREAD, dict(slices=2, fan_out="node"), checkpointing=False, accumulation=2),
         Variant(dict(SPREAD, ep_size=2), dict(slices=1), family="mixtral", num_experts=4),
         Variant(dict(dp_replicate_size=2, fsdp_size=1, tp_size=2, ep_size=4), dict(slices=1), family="mixtral"),
+        Variant(dict(SPREAD, ep_size=2, replicate_experts=True), dict(slices=1), family="locmoe", num_experts=2),
     ]
     run_ranks(compare_spread, 4, variants, env={"LOCMOE_RANKS_PER_NODE": "2"})
 
@@ -61,7 +63,26 @@ def test_configs_of_the_layouts():
     }
     assert sizes == {"sharded": (1, 4, 2, 8, 1), "replicated": (2, 2, 2, 4, 1), "spread": (2, 2, 2, 8, 1)}
     assert layout_config("spread", topology, 4).ep_size == 4
-    assert layout_config("spread", topology, 4).efsdp_size == 2
+    assert layout_config("spread", topology, 4).efsdp_size == 1
+    assert layout_config("spread", topology, 4).expert_copies == 2
+    assert layout_config("spread", topology, 16, ep_size=4).efsdp_size == 2
+    # Fewer experts than ranks: upstream's layouts fall back to no expert parallelism.
+    assert layout_config("sharded", topology, 4).ep_size == 1
+    assert layout_config("spread", topology, 5).ep_size == 1
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_more_nodes_than_experts_equal_one_process():
+    mesh = dict(dp_replicate_size=4, fsdp_size=1, ep_size=2, replicate_experts=True)
+    variants = [Variant(mesh, dict(slices=2), num_experts=2, num_experts_per_tok=top_k) for top_k in (1, 2)]
+    run_ranks(compare_nodes_without_dense_shards, 4, variants, env={"LOCMOE_RANKS_PER_NODE": "1"})
+
+
+def compare_nodes_without_dense_shards(variants):
+    for variant in variants:
+        model_class = with_spread_layout(type(full_model(variant)))
+        compare(variant, TOLERANCES[torch.float32], config_class=SpreadConfig, model_class=model_class)
 
 
 def test_copies_of_an_expert_share_a_node_where_they_can():

@@ -47,12 +47,24 @@ class SpreadConfig(DistributedConfig):
 
     `dp_replicate_size` is the number of nodes, `fsdp_size * tp_size` the ranks of a node. Give it to a class with
     [`SpreadLayoutMixin`] (all of ours, others through [`with_spread_layout`]).
+
+    Args:
+        replicate_experts (`bool`, defaults to `False`):
+            Where more ranks than `ep_size` hold an expert: keep it whole on each of them. Otherwise they shard it among
+            each other, which needs as many experts a rank as there are copies.
     """
+
+    replicate_experts: bool = False
+
+    @property
+    def expert_copies(self) -> int:
+        """Ranks that hold, or share, one expert."""
+        return self.dp_replicate_size * self.fsdp_size * self.tp_size // self.ep_size
 
     @property
     def efsdp_size(self) -> int:
-        """Copies of each expert."""
-        return self.dp_replicate_size * self.fsdp_size * self.tp_size // self.ep_size
+        """Ranks that shard one expert among each other."""
+        return 1 if self.replicate_experts else self.expert_copies
 
     def dense_config(self) -> DistributedConfig:
         """The same without experts: what upstream can say."""
@@ -73,15 +85,15 @@ class SpreadConfig(DistributedConfig):
 
     def expert_ranks(self) -> torch.Tensor:
         """
-        Global rank of every place of the expert mesh, shape `(1, 1, efsdp_size, ep_size)`. Copies of an expert are put
-        on one node where the sizes allow it, so that keeping them equal costs nothing between nodes.
+        Global rank of every place of the expert mesh, shape `(1, replicas, efsdp_size, ep_size)`. Copies of an expert
+        are put on one node where the sizes allow it, so that keeping them equal costs nothing between nodes.
         """
         num_nodes, on_node = self.dp_replicate_size, self.fsdp_size * self.tp_size
         ranks = torch.arange(num_nodes * on_node)
         on_node_ep = self.ep_size // num_nodes
         if self.ep_size % num_nodes == 0 and on_node_ep % self.tp_size == 0:
-            ranks = ranks.view(num_nodes, self.efsdp_size, on_node_ep).transpose(0, 1)
-        return ranks.reshape(1, 1, self.efsdp_size, self.ep_size)
+            ranks = ranks.view(num_nodes, self.expert_copies, on_node_ep).transpose(0, 1)
+        return ranks.reshape(1, -1, self.efsdp_size, self.ep_size)
 
 
 class SpreadLayoutMixin:
@@ -118,11 +130,11 @@ def _spread_meshes(dense_mesh: DeviceMesh, config: SpreadConfig) -> Any:
     from transformers.distributed.utils import TransformersDeviceMesh
 
     class SpreadMeshes(TransformersDeviceMesh):
-        """Experts have no `dp_replicate` axis of their own: `ep` reaches over it."""
+        """Experts that are not replicated have no such axis, where upstream looks for one beside `efsdp`."""
 
         def get_mesh(self, dims):
             names = (dims,) if isinstance(dims, str) else tuple(dims)
-            if "ep" in names or "efsdp" in names:
+            if not config.replicate_experts and ("ep" in names or "efsdp" in names):
                 names = tuple(name for name in names if name != "dp_replicate")
             return super().get_mesh(names)
 
@@ -168,15 +180,23 @@ def layout_config(
             f"`tp_size` ({tp_size}) must divide the ranks that share the dense layers ({on_node}): set it to one of "
             f"{_divisors(on_node)}."
         )
-    possible = [size for size in _divisors(reach, tp_size) if num_experts % size == 0]
+    # Upstream shards the copies of an expert; it cannot load a shard of no expert.
+    is_sharded = num_experts % reach == 0
+    possible = [
+        size for size in _divisors(reach, tp_size) if num_experts % size == 0 and (is_sharded or layout == "spread")
+    ]
     if ep_size is None:
         ep_size = max(possible, default=1)
-    elif ep_size not in possible:
+    elif ep_size not in possible and ep_size != 1:
         raise ValueError(
             f"`ep_size` ({ep_size}) must divide `num_experts` ({num_experts}) and the {reach} ranks that layout "
-            f'"{layout}" spreads experts over, and be a multiple of `tp_size` ({tp_size}): set it to one of {possible}.'
+            f'"{layout}" puts experts on, and be a multiple of `tp_size` ({tp_size}); without "spread", `num_experts` must '
+            f"be a multiple of {reach} as well: set it to one of {sorted({1, *possible})}."
         )
-    config_class = SpreadConfig if layout == "spread" else DistributedConfig
+    config_class: type[DistributedConfig] = DistributedConfig
+    if layout == "spread" and ep_size > 1:
+        config_class = SpreadConfig
+        options.setdefault("replicate_experts", not is_sharded)
     return config_class(
         dp_replicate_size=1 if layout == "sharded" else topology.num_nodes,
         fsdp_size=on_node // tp_size,
