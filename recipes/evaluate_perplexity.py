@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, d
 
 import hf_locmoe  # noqa: F401  registers `model_type: locmoe`; nothing else of it is used here
 from arguments import parse_recipe, run_as_script
-from text_data import DataArguments, domain_groups, load_documents, pack
+from text_data import DataArguments, domain_groups, load_documents, local_files, pack
 from training_run import sequence_losses
 
 
@@ -49,7 +49,15 @@ class EvaluationArguments:
 
 
 def evaluation_data(args: EvaluationArguments) -> DataArguments:
-    """The same text as the data of a training run that holds nothing out."""
+    """The same text as the data of a training run that holds nothing out.
+
+    Raises:
+        ValueError: If no source of text is given, or a file is missing.
+    """
+    if (args.eval_file is None) == (args.dataset_name is None):
+        raise ValueError("Give either `eval_file` or `dataset_name`: one source of text is needed.")
+    if args.eval_file is not None:
+        local_files(args.eval_file, "eval_file")
     return DataArguments(
         train_file=args.eval_file,
         dataset_name=args.dataset_name,

@@ -124,8 +124,11 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block
 
 def check_field_names(fields: dict[str, Any], model_type: str) -> None:
     """Raises `ValueError` for a misspelt field, which transformers would keep as an attribute that nobody reads."""
-    known = set(AutoConfig.for_model(model_type).to_dict())
-    for name in set(fields) - known:
+    default = AutoConfig.for_model(model_type)
+    known = set(default.to_dict())
+    for name in fields:
+        if hasattr(default, name):
+            continue
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         if close:
             raise ValueError(

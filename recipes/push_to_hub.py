@@ -88,7 +88,8 @@ def prepare_card(folder: Path, config: PreTrainedConfig, args: PushArguments) ->
         raise ValueError(f"`checkpoint_dir` ({folder}) has no README.md: write a model card for it.")
     card = ModelCard.load(path)
     if given:
-        card.data.update(given)
+        for name, value in given.items():
+            card.data[name] = value
         card.save(path)
     return card
 

@@ -128,7 +128,13 @@ def load_documents(args: DataArguments, seed: int = 0) -> tuple[Documents, Docum
         if part is not None:
             _check_columns(part, args, name)
     if validation is None and args.streaming and args.validation_documents:
-        return train.skip(args.validation_documents), train.take(args.validation_documents)
+        rest = train.skip(args.validation_documents)
+        if next(iter(rest), None) is None:
+            raise ValueError(
+                f"`validation_documents` ({args.validation_documents}) leaves no document to train on: lower it, or pass "
+                "`--validation_file`."
+            )
+        return rest, train.take(args.validation_documents)
     if validation is None and not args.streaming and args.validation_split_percentage:
         if len(train) < 2:
             raise ValueError(
