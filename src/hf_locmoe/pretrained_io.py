@@ -264,7 +264,7 @@ def _check_loaded(
         unexpected = sorted(info["unexpected_keys"])
         instead = f" It has others that this architecture does not know, {_some(unexpected)}." if unexpected else ""
         raise CheckpointError(
-            f"`{path}` is no checkpoint of this {type(model).__name__}: it lacks {_some(missing)}.{instead} Check the path"
+            f"`{path}` is no checkpoint of this {_name(model)}: it lacks {_some(missing)}.{instead} Check the path"
             " and the configuration, or pass `allow_missing_weights=True` to let these weights start afresh."
         )
 
@@ -274,10 +274,15 @@ def _mismatch_message(model: Any, info: dict, path: Any) -> str:
         f"{key} {tuple(in_checkpoint)} there, {tuple(in_model)} here"
         for key, in_checkpoint, in_model in info["mismatched_keys"]
     )
+    of_one_rank = " (shapes of this rank's part)" if getattr(model.config, "distributed_config", None) else ""
     return (
-        f"`{path}` does not fit the configuration of this {type(model).__name__}: {_some(shapes, '; ')}. Load it with its"
-        " own configuration, or pass `ignore_mismatched_sizes=True` to let these weights start afresh."
+        f"`{path}` does not fit the configuration of this {_name(model)}: {_some(shapes, '; ')}{of_one_rank}. Load it"
+        " with its own configuration, or pass `ignore_mismatched_sizes=True` to let these weights start afresh."
     )
+
+
+def _name(model: Any) -> str:
+    return type(model).__name__.removeprefix("FSDP")
 
 
 def _some(names: list[str], separator: str = ", ") -> str:
