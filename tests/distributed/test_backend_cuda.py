@@ -109,3 +109,40 @@ def _graph():
 
 def test_the_exchange_captures_in_a_cuda_graph():
     run_ranks(_graph, 1, timeout_s=120)
+
+
+def _stall():
+    import logging
+    import time
+
+    from hf_locmoe.distributed.accelerator_watch import logger
+
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    group = _group(plan="flat", timeout_s=4.0)
+    ones = torch.ones(8, device="cuda")
+    for asynchronous in (True, False):
+        dist.all_to_all_single(torch.empty_like(ones), ones, group=group, async_op=asynchronous)
+    torch.cuda.synchronize()
+    time.sleep(1.0)
+    assert not messages
+    torch.cuda._sleep(8_000_000_000)  # some seconds, as if a rank did not come
+    dist.all_to_all_single(torch.empty_like(ones), ones, group=group, async_op=True)
+    # the watch asks the device while another stream captures
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = ones + 1
+        time.sleep(2.0)
+    torch.cuda.synchronize()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(held, ones + 1)
+    return messages
+
+
+def test_work_that_does_not_end_is_explained():
+    (messages,) = run_ranks(_stall, 1, timeout_s=60)
+    assert len(messages) == 1
+    assert messages[0].startswith("`all_to_all_single` number 3 failed on rank 0")

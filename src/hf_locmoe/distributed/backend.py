@@ -148,7 +148,8 @@ class LocMoeProcessGroup(dist.ProcessGroup):
             dist.PrefixStore(f"{prefix}/", self._store),
             members.index(self._rank),
             len(members),
-            timedelta(seconds=self._desk.timeout_s),
+            # our explanation comes first, then the backend's own end of patience
+            timedelta(seconds=self._desk.timeout_s + self._desk.grace_s),
             self._inner_names,
             [self.topology.global_ranks[member] for member in members],
             f"{self._name}/{prefix}",

@@ -14,6 +14,7 @@ from operator import itemgetter
 import torch
 import torch.distributed as dist
 
+from .accelerator_watch import AcceleratorWatch
 from .cost_model import PlanTable, measure
 from .counters import TrafficLog
 from .exchange_plans import Plan, domain_plan, two_level_plan
@@ -212,7 +213,7 @@ class GroupwiseAllToAll:
             event = stream.record_event()
         for tensor in tensors:
             tensor.record_stream(stream)
-        return EventWork(event, tensors, result)
+        return watch(EventWork(event, tensors, result), call, self._desk, result[0])
 
     @torch.no_grad()
     def _carry_out(self, steps: Plan, collective: str) -> None:
@@ -339,13 +340,15 @@ class GroupwiseAllToAll:
 def watch(work, call: Call, desk: FailureDesk, tensor: torch.Tensor | None) -> dist.Work:
     """
     The work to hand out for one of the inner backend. On the CPU a watched one. An accelerator's work is waited for by the
-    stream and not by the host: nothing may come between.
+    stream and not by the host: nothing may come between, the watching is done from aside.
     """
-    if work is None:
-        return DoneWork()
     if tensor is None or tensor.device.type == "cpu":
-        return WatchedWork(work, call, desk)
-    return work
+        return WatchedWork(work, call, desk) if work is not None else DoneWork()
+    if tensor.device.type == "cuda":
+        if desk.accelerator_watch is None:
+            desk.accelerator_watch = AcceleratorWatch(desk, tensor.device)
+        desk.accelerator_watch.saw(call, work)
+    return work if work is not None else DoneWork()
 
 
 def _native_all_to_all(group: dist.ProcessGroup, *args, **kwargs):

@@ -71,6 +71,7 @@ class FailureDesk:
         self._error: CollectiveError | None = None
         self._last_sequence = 0
         self.label: str | None = None
+        self.accelerator_watch: Any = None
         self.set_timeout(timeout_s)
 
     def set_timeout(self, timeout_s: float) -> None:
