@@ -203,6 +203,7 @@ def is_generated(text: str) -> bool:
 
 def _model_class(config: LocMoeConfig, architecture: str | None) -> type[nn.Module]:
     name = architecture or (config.architectures or [LocMoeForCausalLM.__name__])[0]
+    name = name.removeprefix("FSDP")  # what fully_shard puts before the class's name
     by_name = {model_class.__name__: model_class for model_class in _TASKS}
     if name not in by_name:
         raise ValueError(f"`architecture` ({name!r}) must be one of {', '.join(by_name)}.")

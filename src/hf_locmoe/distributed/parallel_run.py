@@ -9,13 +9,15 @@ it reaches `config.json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
@@ -63,8 +65,10 @@ class ParallelRun:
             return config
         return config.for_run(**dict(self.config_overrides))
 
-    def distributed_config(self, size: ModelSize) -> DistributedConfig:
-        """The `DistributedConfig` for a model of this size. Initialises the process group where the script has not."""
+    def distributed_config(self, size: ModelSize) -> DistributedConfig | None:
+        """The `DistributedConfig` for a model of this size; None for one without experts, which is not ours to spread."""
+        if size.num_experts == 0:
+            return None
         topology = job_topology()
         layout = self.layout
         if layout == "auto":
@@ -72,8 +76,6 @@ class ParallelRun:
             layout, reason = choose_layout(costs, self.memory_limit_bytes)
             if dist.get_rank() == 0:
                 logger.warning(f"layout: {reason}")
-        if size.num_experts == 0:
-            return layout_config("sharded", topology, 1, self.tp_size, 1)
         return layout_config(
             layout,
             topology,
@@ -108,6 +110,13 @@ def _in_distributed_job() -> bool:
     return PartialState().num_processes > 1
 
 
+def leave_job() -> None:
+    """Ends the run and its process groups: a gloo process that leaves them behind is aborted at exit now and then."""
+    set_parallel_run(None)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextmanager
 def _building(run: ParallelRun) -> Iterator[None]:
     """Inside, models are built as transformers builds them: heads build their decoder with `from_config`, for example."""
@@ -124,6 +133,8 @@ def _building(run: ParallelRun) -> Iterator[None]:
 class ParallelRunMixin(SpreadLayoutMixin):
     """For a transformers model class, before `PreTrainedModel`: `from_pretrained` and `from_config` shard for the run."""
 
+    config_class: Any
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         run = current_parallel_run()
@@ -138,7 +149,10 @@ class ParallelRunMixin(SpreadLayoutMixin):
         if kwargs.pop("device_map", None) is not None and dist.get_rank() == 0:
             logger.warning("`device_map` has no effect in a parallel run: the layout places the parameters.")
         with _building(run):
-            kwargs["distributed_config"] = run.distributed_config(model_size(cls, config))
+            distributed_config = run.distributed_config(model_size(cls, config))
+            if distributed_config is None:
+                return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
+            kwargs["distributed_config"] = distributed_config
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
         join_run(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -154,6 +168,8 @@ class ParallelRunMixin(SpreadLayoutMixin):
         with _building(run):
             distributed_config = run.distributed_config(model_size(cls, config))
             whole = super()._from_config(config, **kwargs)  # type: ignore[misc]
+            if distributed_config is None:
+                return whole
             state_dict = whole.state_dict()
             # what one process would have drawn, also where the script seeds ranks differently
             for tensor in state_dict.values():
@@ -168,6 +184,44 @@ class ParallelRunMixin(SpreadLayoutMixin):
         model.train(whole.training)
         join_run(model)
         return model
+
+
+def for_parallel_run(model_class: type) -> type:
+    """`model_class`, sharding for the run; itself where it already does."""
+    if issubclass(model_class, ParallelRunMixin):
+        return model_class
+    attributes = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    return type(model_class.__name__, (ParallelRunMixin, model_class), attributes)
+
+
+def spread_every_model() -> None:
+    """
+    Makes every transformers model class shard for the run, not only ours. Idempotent.
+
+    A script names classes that transformers looks up itself, so the one place to meet them all is
+    `PreTrainedModel.from_pretrained` and `_from_config`, which transformers' own Auto classes call; there is no registry to
+    plug into.
+    """
+    for name in ("from_pretrained", "_from_config"):
+        original = PreTrainedModel.__dict__.get(name)
+        if not isinstance(original, classmethod):
+            raise RuntimeError(
+                f"`PreTrainedModel.{name}` is no class method in this version of transformers: load other architectures "
+                f"with `distributed_config=` or use a version that this package is tested with."
+            )
+        if not getattr(original.__func__, "_spreads_models", False):
+            setattr(PreTrainedModel, name, classmethod(_spreading(name, original.__func__)))
+
+
+def _spreading(name: str, original: Callable) -> Callable:
+    @functools.wraps(original)
+    def build(cls, *args, **kwargs):
+        if current_parallel_run() is None or issubclass(cls, ParallelRunMixin) or not _in_distributed_job():
+            return original(cls, *args, **kwargs)
+        return getattr(for_parallel_run(cls), name)(*args, **kwargs)
+
+    build._spreads_models = True
+    return build
 
 
 def model_size(model_class: type, config: Any) -> ModelSize:
@@ -195,4 +249,13 @@ def join_run(model: Any) -> None:
     base_model.router_scope = RouterScope(num_nodes=topology.num_nodes, node=node, node_local_experts=near)
 
 
-__all__ = ["ParallelRun", "ParallelRunMixin", "current_parallel_run", "join_run", "set_parallel_run"]
+__all__ = [
+    "ParallelRun",
+    "ParallelRunMixin",
+    "current_parallel_run",
+    "for_parallel_run",
+    "join_run",
+    "leave_job",
+    "set_parallel_run",
+    "spread_every_model",
+]
