@@ -173,7 +173,10 @@ def main(argv: list[str] | None = None) -> list[tuple[str, float, float, str]]:
     )
 
     stages.next("the run as figures and as a page")
-    cli.main(["report", str(out / "locmoe")])
+    sample = out / "corpus" / "sample.txt"
+    sample.write_text("\n\n".join(document["text"] for document in corpus.validation[:20]), encoding="utf-8")
+    if cli.main(["report", str(out / "locmoe"), "--output", str(out / "report"), "--text", str(sample)]):
+        raise ValueError("The report could not be drawn; the line above says why.")
 
     stages.next("what came out")
     rows = [("unigram of the same tokens", *unigram, f"{config.vocab_size:,}")]
@@ -194,7 +197,7 @@ def where_things_are(out: Path) -> str:
     """The last lines: what was made, and what to run next."""
     made = {
         "the model and its card": f"{out / 'locmoe'}, {out / 'locmoe' / 'README.md'}",
-        "how it routed, figures": out / "locmoe" / "report" / "routing.html",
+        "how it routes, figures": f"{out / 'report' / 'routing.html'}, *.png",
         "the dense reference": out / "dense",
         "the text": out / "corpus",
     }

@@ -9,16 +9,18 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainingArgumen
 
 import finetune
 import pretrain
+from accelerate.commands.config.config_args import load_config_from_file
 from arguments import parse_recipe
 from demo import dense_overrides
 from hf_locmoe import LocMoeConfig
+from hf_locmoe.training.accelerate_plugin import LocMoePlugin
 from text_data import DataArguments
 
 from .conftest import RECIPES
 
 
-CONFIGS = sorted(path for path in (RECIPES / "configs").glob("*.yaml") if not path.name.startswith("accelerate"))
-PRETRAINING = [path for path in CONFIGS if not path.name.startswith("finetune")]
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+PRETRAINING = [path for path in CONFIGS if not path.name.startswith(("accelerate", "finetune", "plugin"))]
 
 
 class Tokenizer:
@@ -65,6 +67,20 @@ def test_the_finetuning_configuration():
     args, data_args, _ = parse_recipe(kinds, [str(RECIPES / "configs" / "finetune_tiny.yaml")])
     assert args.model_name_or_path == parsed(RECIPES / "configs" / "tiny_cpu.yaml")[2].output_dir
     assert data_args.train_file
+
+
+def test_several_nodes():
+    """The plugin's figures are those of the run, and Accelerate's file makes as many processes."""
+    plugin = LocMoePlugin.from_yaml(RECIPES / "configs" / "plugin_several_nodes.yaml")
+    _, data_args, training_args = parsed(RECIPES / "configs" / "several_nodes.yaml")
+    assert plugin.tokens_per_rank == training_args.per_device_train_batch_size * data_args.block_size
+    assert plugin.accumulation_steps == training_args.gradient_accumulation_steps
+    launch = load_config_from_file(str(RECIPES / "configs" / "accelerate_two_nodes.yaml"))
+    assert launch.num_processes == 16
+    total, active = count(config_of("several_nodes"))
+    assert 1.5e9 < active < 2.5e9
+    assert 18e9 < total < 22e9
+    assert config_of("several_nodes").num_experts % launch.num_processes == 0
 
 
 def test_one_gpu_is_about_a_billion():

@@ -77,7 +77,7 @@ def test_another_architecture_and_tokenizer(pretrain_options, checkpoint, tmp_pa
 
 
 def test_from_a_config_that_exists(pretrain_options, checkpoint, tmp_path):
-    without_model = [option for option in pretrain_options]
+    without_model = list(pretrain_options)
     while any(option.startswith("--model.") for option in without_model):
         index = next(i for i, option in enumerate(without_model) if option.startswith("--model."))
         del without_model[index : index + 2]
