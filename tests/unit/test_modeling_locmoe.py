@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from hf_locmoe import LocMoeConfig, LocMoeForCausalLM, LocMoeModel
@@ -130,6 +131,23 @@ def test_every_gate_trains(variant, dtype):
         assert torch.isfinite(grad).all(), name
     model.update_router_state(outputs.router_stats, outputs.router_hidden_sum)
     assert model(ids, labels=ids).loss.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "capacity_bmm"])
+@pytest.mark.parametrize("capacity", [{}, dict(capacity_mode="factor", expert_capacity_factor=0.7)])
+@pytest.mark.parametrize("variant", GATE_VARIANTS)
+def test_a_gpu_trains_as_a_cpu_does(variant, capacity, implementation):
+    results = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(**GATE_VARIANTS[variant], **capacity).to(device).train()
+        model.set_experts_implementation(implementation)
+        ids = random_ids().to(device)
+        outputs = model(ids, labels=ids)
+        outputs.loss.backward()
+        model.update_router_state(outputs.router_stats, outputs.router_hidden_sum)
+        results.append([outputs.loss.detach(), outputs.router_stats, gradients(model), dict(model.named_buffers())])
+    assert_close(tree_map(lambda tensor: tensor.cpu(), results[1]), results[0])
 
 
 @pytest.mark.parametrize("variant", GATE_VARIANTS)

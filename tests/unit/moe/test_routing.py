@@ -43,6 +43,12 @@ class TestTopK:
         expected = [sorted(range(8), key=lambda e: (-row[e], e))[:k] for row in values.tolist()]
         assert stable_top_k(values, k).tolist() == expected
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("k", [1, 2, 5])
+    def test_ties_are_broken_alike_on_every_device(self, k):
+        values = torch.randint(0, 3, (5000, 64)).float()
+        assert torch.equal(stable_top_k(values.cuda(), k).cpu(), stable_top_k(values, k))
+
     def test_an_expert_is_chosen_once(self):
         gate = make_gate(num_experts_per_tok=4)
         index = gate(torch.randn(50, 32))[2]
