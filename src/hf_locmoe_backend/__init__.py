@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the process-group backend "locmoe" known to `torch.distributed`, and nothing else.
 
-`import torch` loads the entry point `torch.backends` of every installed package, so that no script needs to import us for the
-backend's sake. It runs inside that import: a package of its own, since `hf_locmoe` imports transformers, which would come back
-to a torch that is not there yet. What the backend is made of is imported when the first group is made.
+`import torch` loads the entry point `torch.backends` of every installed package, so that no script needs to import us
+for the backend's sake. It runs inside that import: a package of its own, since `hf_locmoe` imports transformers, which
+would come back to a torch that is not there yet. What the backend is made of is imported when the first group is made.
 """
 
 

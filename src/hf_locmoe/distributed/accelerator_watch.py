@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notices that a group's work on a GPU does not end, and says who is missing.
 
-On a GPU the stream waits for a collective and the host goes on, so that no call of ours fails when a rank is lost: NCCL's own
-watchdog ends the process at the timeout, without a name. A thread of the group looks at its last call about once a second and
-logs the explanation before that.
+On a GPU the stream waits for a collective and the host goes on, so that no call of ours fails when a rank is lost:
+NCCL's own watchdog ends the process at the timeout, without a name. A thread of the group looks at its last call about
+once a second and logs the explanation before that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class AcceleratorWatch:
     def __init__(self, desk: FailureDesk, device: torch.device) -> None:
         self._desk = desk
         self._device = device
-        # Set by the caller's thread, taken by the watching one, so that a work (and its tensors) is held for a second at most.
+        # Set by the caller's thread, taken by the watching one, so that a work (and its tensors) is held for a
+        # second at most.
         self._last: tuple[Call, float, object, torch.cuda.Event | None] | None = None
         threading.Thread(target=_look_on, args=(weakref.ref(self),), name="locmoe-watch", daemon=True).start()
 
@@ -101,8 +102,8 @@ def _look_on(reference: weakref.ref[AcceleratorWatch]) -> None:
 
 def _may_ask_during_capture() -> bool:
     """
-    Lets this thread query events while another one captures a CUDA graph, which would spoil the capture otherwise: what
-    NCCL's watchdog does for itself. `False` where the runtime library is not found: then nothing is watched.
+    Lets this thread query events while another one captures a CUDA graph, which would spoil the capture otherwise:
+    what NCCL's watchdog does for itself. `False` where the runtime library is not found: then nothing is watched.
     """
     try:
         runtime = ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}")

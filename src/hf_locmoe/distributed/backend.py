@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process-group backend "locmoe": every collective by the device's own backend, the all-to-all by groups where that pays.
+"""The process-group backend "locmoe": collectives by the device's own backend, the all-to-all by groups where it pays.
 
-`LocMoeProcessGroup` is a Python subclass of `ProcessGroup`. It registers the native backends on itself, so that C++ code that
-asks for a device's backend finds one, and forwards every collective to a plain `ProcessGroup` over the same backends: a
-collective left to the base class would run with the interpreter's lock held and could block gloo's threads. Old and new names
-of torch's methods are all overridden; `tests/unit/distributed/test_backend.py` compares the list with the installed torch.
+`LocMoeProcessGroup` is a Python subclass of `ProcessGroup`. It registers the native backends on itself, so that C++
+code that asks for a device's backend finds one, and forwards every collective to a plain `ProcessGroup` over the same
+backends: a collective left to the base class would run with the interpreter's lock held and could block gloo's
+threads. Old and new names of torch's methods are all overridden; `tests/unit/distributed/test_backend.py` compares the
+list with the installed torch.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ class LocMoeBackendOptions:
     Options of one group: `new_group(..., backend="locmoe", pg_options=LocMoeBackendOptions(plan="flat"))`.
 
     Args:
-        plan (`str`, *optional*): `"auto"`, `"flat"`, `"two_level"` or `"tp_domain"`; `LOCMOE_PLAN` when left out, else auto.
-        timeout_s (`float`, *optional*): seconds within which a lost or stalled rank gives an error. `LOCMOE_TIMEOUT_S` when
-            left out, else the group's own timeout, else 600.
-        inner (`str`, *optional*): inner backend for all devices; each device's default when left out. `"fake"` lays out large
-            groups in one process.
+        plan (`str`, *optional*): `"auto"`, `"flat"`, `"two_level"` or `"tp_domain"`; `LOCMOE_PLAN` when left out,
+            else auto.
+        timeout_s (`float`, *optional*): seconds within which a lost or stalled rank gives an error. `LOCMOE_TIMEOUT_S`
+            when left out, else the group's own timeout, else 600.
+        inner (`str`, *optional*): inner backend for all devices; each device's default when left out. `"fake"` lays
+            out large groups in one process.
         inner_options (*optional*): options of the inner backend, such as `ProcessGroupNCCL.Options()`.
     """
 
@@ -90,7 +92,8 @@ class LocMoeProcessGroup(dist.ProcessGroup):
         self.topology = self._agree_on_nodes(global_ranks, timeout_s)
         if self._plan == "two_level" and not self.topology.is_rectangular and rank == 0:
             logger.warning(
-                "`plan` (two_level) has no effect on a group whose nodes differ in size (%s ranks): its exchanges are flat.",
+                "`plan` (two_level) has no effect on a group whose nodes differ in size (%s ranks): its exchanges are "
+                "flat.",
                 ", ".join(map(str, self.topology.node_sizes)),
             )
         self._desk = FailureDesk(dist.PrefixStore("failure/", store), rank, self.topology, timeout_s)
@@ -114,7 +117,9 @@ class LocMoeProcessGroup(dist.ProcessGroup):
     # ---- making ----------------------------------------------------------------------------------------------------
 
     def _agree_on_nodes(self, global_ranks: Sequence[int], timeout_s: float) -> NodeTopology:
-        """Every rank publishes its node and its settings and reads the others': different plans would hang, not fail."""
+        """
+        Every rank publishes its node and its settings and reads the others': different plans would hang, not fail.
+        """
         mine = {"node": node_key(global_ranks[self._rank]), "plan": self._plan, "timeout_s": timeout_s}
         if "fake" in self._inner_names.values():
             nodes = [node_key(rank) for rank in global_ranks]
@@ -127,8 +132,9 @@ class LocMoeProcessGroup(dist.ProcessGroup):
             except RuntimeError as error:
                 absent = [global_ranks[rank] for rank in range(self._size) if not store.check([str(rank)])]
                 raise RuntimeError(
-                    f"The process group `{self._name}` could not be made: ranks {absent} did not arrive within {timeout_s:g} s. "
-                    f"Look at their logs first; if they are only slow, raise `{TIMEOUT_VARIABLE}` ({timeout_s:g})."
+                    f"The process group `{self._name}` could not be made: ranks {absent} did not arrive within "
+                    f"{timeout_s:g} s. Look at their logs first; if they are only slow, raise `{TIMEOUT_VARIABLE}` "
+                    f"({timeout_s:g})."
                 ) from error
             settings = [json.loads(text) for text in store.multi_get(ranks)]
             for field, source in (("plan", PLAN_VARIABLE), ("timeout_s", TIMEOUT_VARIABLE)):
@@ -136,8 +142,9 @@ class LocMoeProcessGroup(dist.ProcessGroup):
                 if len(set(values)) > 1:
                     other = next(rank for rank in range(self._size) if values[rank] != values[0])
                     raise ValueError(
-                        f"`{field}` ({values[0]} on rank {global_ranks[0]}, {values[other]} on rank {global_ranks[other]}) must "
-                        f"be the same on all ranks of a group: set `{source}` alike everywhere, or pass the same options."
+                        f"`{field}` ({values[0]} on rank {global_ranks[0]}, {values[other]} on rank "
+                        f"{global_ranks[other]}) must be the same on all ranks of a group: set `{source}` alike "
+                        "everywhere, or pass the same options."
                     )
             nodes = [rank_settings["node"] for rank_settings in settings]
         topology = NodeTopology.from_keys(nodes, {node: node.rpartition(":")[2] for node in nodes})
@@ -210,8 +217,9 @@ class LocMoeProcessGroup(dist.ProcessGroup):
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(
-                f"The process group `{self._name}` was made in process {self._process} and is used in its fork {os.getpid()}, "
-                "where its connections do not work: make process groups after the fork, or start processes with spawn."
+                f"The process group `{self._name}` was made in process {self._process} and is used in its fork "
+                f"{os.getpid()}, where its connections do not work: make process groups after the fork, or start "
+                "processes with spawn."
             )
 
     def all_to_all_single(self, output, input, output_split_sizes, input_split_sizes, *args, **kwargs):
@@ -330,7 +338,7 @@ def _measure(value) -> tuple[int, torch.Tensor | None]:
     return num_bytes, first
 
 
-# ---- what others call --------------------------------------------------------------------------------------------------
+# ---- what others call -----------------------------------------------------------------------------------------------
 
 
 def create_process_group(backend_options, options: LocMoeBackendOptions | None = None) -> LocMoeProcessGroup:
@@ -366,16 +374,16 @@ def group_topology(group: dist.ProcessGroup) -> NodeTopology:
 
 def use_tp_domain(group: dist.ProcessGroup, tp_group: dist.ProcessGroup) -> None:
     """
-    Tells a "locmoe" group that the ranks of `tp_group` hold the same tokens and always pass it the same tensors and splits, so
-    that each need send its share only. Called on every rank, before the group's first exchange.
+    Tells a "locmoe" group that the ranks of `tp_group` hold the same tokens and always pass it the same tensors and
+    splits, so that each need send its share only. Called on every rank, before the group's first exchange.
     """
     _own(group, "use_tp_domain")._all_to_all.use_domain(tp_group)
 
 
 def label_calls(group: dist.ProcessGroup, label: str | None) -> None:
     """
-    Names the place in the model that the next collectives of `group` belong to, such as `model.layers.3.mlp`: errors say it.
-    One assignment; nothing for a group of another backend.
+    Names the place in the model that the next collectives of `group` belong to, such as `model.layers.3.mlp`: errors
+    say it. One assignment; nothing for a group of another backend.
     """
     if isinstance(group, LocMoeProcessGroup):
         group._desk.label = label
@@ -384,7 +392,7 @@ def label_calls(group: dist.ProcessGroup, label: str | None) -> None:
 def _own(group: dist.ProcessGroup, function: str) -> LocMoeProcessGroup:
     if not isinstance(group, LocMoeProcessGroup):
         raise ValueError(
-            f"`{function}` needs a group of backend `locmoe` and got one of `{dist.get_backend(group)}`: make the group with "
+            f"`{function}` needs a group of backend `locmoe` and got one of `{dist.get_backend(group)}`: make it with "
             '`new_group(ranks, backend="locmoe")`.'
         )
     return group
@@ -394,7 +402,8 @@ def _read_plan(options: LocMoeBackendOptions) -> str:
     plan = options.plan or os.environ.get(PLAN_VARIABLE) or "auto"
     if plan not in PLANS:
         raise ValueError(
-            f"`plan` ({plan}) must be one of {', '.join(PLANS)}: change it in `LocMoeBackendOptions` or `{PLAN_VARIABLE}`."
+            f"`plan` ({plan}) must be one of {', '.join(PLANS)}: change it in `LocMoeBackendOptions` or "
+            f"`{PLAN_VARIABLE}`."
         )
     return plan
 

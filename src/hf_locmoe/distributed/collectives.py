@@ -178,8 +178,8 @@ class GroupwiseAllToAll:
             return "flat"
         if plan == "tp_domain" and self._domain is None:
             raise ValueError(
-                "`plan` (tp_domain) needs the ranks that hold the same tokens: call `use_tp_domain(group, tp_group)` on every "
-                "rank first, or set the plan to auto."
+                "`plan` (tp_domain) needs the ranks that hold the same tokens: call `use_tp_domain(group, tp_group)` "
+                "on every rank first, or set the plan to auto."
             )
         return plan
 
@@ -197,9 +197,9 @@ class GroupwiseAllToAll:
 
     def _start(self, exchange: Callable[[], None], call: Call, tensors: tuple, result: list[torch.Tensor]):
         """
-        Carries an exchange of several steps out without holding its caller up: on the CPU in the group's own thread, first
-        come first served, as the steps wait for each other; on an accelerator on a side stream, from the caller's thread, so
-        that all ranks launch their kernels in program order.
+        Carries an exchange of several steps out without holding its caller up: on the CPU in the group's own thread,
+        first come first served, as the steps wait for each other; on an accelerator on a side stream, from the
+        caller's thread, so that all ranks launch their kernels in program order.
         """
         device = result[0].device
         if device.type == "cpu":
@@ -245,7 +245,9 @@ class GroupwiseAllToAll:
         return group
 
     def _calibrate(self, candidates: tuple[str, ...], device: torch.device) -> PlanTable:
-        """Measures the plans once for each shape of group; rank 0 says whether it is known already, and hands it out."""
+        """
+        Measures the plans once for each shape of group; rank 0 says whether it is known already, and hands it out.
+        """
         key = (self._topology.rank_to_node, self._domain_peers, device.type)
         store = dist.PrefixStore(f"plans/{device.type}/", self._store)
         if self._rank == 0:
@@ -328,19 +330,20 @@ class GroupwiseAllToAll:
         rows = tensor.shape[0]
         if counts and (len(counts) != self._size or sum(counts) != rows):
             raise ValueError(
-                f"`{name}_split_sizes` ({counts}) must be {self._size} numbers that add up to the rows of `{name}` ({rows}): "
-                "give one number of rows per rank of the group."
+                f"`{name}_split_sizes` ({counts}) must be {self._size} numbers that add up to the rows of `{name}` "
+                f"({rows}): give one number of rows per rank of the group."
             )
         if not counts and rows % self._size:
             raise ValueError(
-                f"`{name}` ({rows} rows) must divide evenly over the group's {self._size} ranks: pass split sizes, or pad it."
+                f"`{name}` ({rows} rows) must divide evenly over the group's {self._size} ranks: pass split sizes, or "
+                "pad it."
             )
 
 
 def watch(work, call: Call, desk: FailureDesk, tensor: torch.Tensor | None) -> dist.Work:
     """
-    The work to hand out for one of the inner backend. On the CPU a watched one. An accelerator's work is waited for by the
-    stream and not by the host: nothing may come between, the watching is done from aside.
+    The work to hand out for one of the inner backend. On the CPU a watched one. An accelerator's work is waited for by
+    the stream and not by the host: nothing may come between, the watching is done from aside.
     """
     if tensor is None or tensor.device.type == "cpu":
         return WatchedWork(work, call, desk) if work is not None else DoneWork()

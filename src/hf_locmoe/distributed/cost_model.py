@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which plan is fastest for how many bytes: a latency and a rate per plan, measured once, the same table on all ranks."""
+"""Which plan is fastest for how many bytes: a latency and a rate per plan, measured once, alike on all ranks."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class PlanTable:
         The plan to use.
 
         Args:
-            num_bytes (`int`, *optional*): what every rank sends. `None` where that differs between ranks: then a plan is taken
-                only if it is faster at every measured size, as all ranks must come to the same answer.
+            num_bytes (`int`, *optional*): what every rank sends. `None` where that differs between ranks: then a plan
+                is taken only if it is faster at every measured size, as all ranks must come to the same answer.
         """
         sizes = MEASURED_BYTES if num_bytes is None else (num_bytes,)
         flat = self.costs["flat"]

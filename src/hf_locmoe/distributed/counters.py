@@ -36,10 +36,10 @@ class Traffic:
 
 class CommCounters(Mapping):
     """
-    Collective -> [`Traffic`], as it stood when it was read. Subtract an earlier reading to get what lies between the two.
+    Collective -> [`Traffic`], as it stood when it was read. Subtract an earlier reading for what lies between.
 
-    All-to-all and point-to-point traffic is what was sent. For the other collectives the inner backend keeps its algorithm
-    to itself: they are counted as a ring in rank order sends.
+    All-to-all and point-to-point traffic is what was sent. For the other collectives the inner backend keeps its
+    algorithm to itself: they are counted as a ring in rank order sends.
     """
 
     def __init__(self, traffic: Mapping[str, Traffic]) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The all-to-all in several steps, each a plain exchange on a smaller set of ranks, written once for real and emulated ranks.
+"""The all-to-all in several steps, each a plain exchange among fewer ranks, for real ranks and for played ones.
 
-A plan is a generator: it yields what this rank is to exchange with whom, is sent back what arrived, and leaves the result in
-`output`. Who carries the steps out (a thread, a stream, a test that plays 256 ranks in one process) is not its business.
+A plan is a generator: it yields what this rank is to exchange with whom, is sent back what arrived, and leaves the
+result in `output`. Who carries the steps out (a thread, a stream, a test that plays 256 ranks in one process) is not
+its business.
 
 Legend: N nodes of M ranks; (i, j) is rank j of node i; a *chunk* (i, j) -> (k, l) is what the one sends to the other;
 *counts* are rows, entries of dimension 0.
@@ -24,9 +25,10 @@ class Exchange:
     One step of a plan on one rank: an all-to-all or an all-gather.
 
     Args:
-        where (`str`): among whom: `"group"` (all ranks), `"node"` (this node's ranks, ascending), `"across"` (the ranks with
-            this rank's place on every node, by node), `"domain"` (the ranks that hold the same tokens).
-        send (`torch.Tensor`): rows for the others, in the order of their ranks there; for an all-gather this rank's rows.
+        where (`str`): among whom: `"group"` (all ranks), `"node"` (this node's ranks, ascending), `"across"` (the
+            ranks with this rank's place on every node, by node), `"domain"` (the ranks that hold the same tokens).
+        send (`torch.Tensor`): rows for the others, in the order of their ranks there; for an all-gather this rank's
+            rows.
         receive (`torch.Tensor`): where the arriving rows go.
         send_counts, receive_counts (`list[int]`, *optional*): rows to and from each; equal numbers when left out.
         gather (`bool`): whether this is an all-gather.
@@ -52,18 +54,19 @@ def two_level_plan(
     input_counts: Sequence[int] | None,
 ) -> Plan:
     """
-    Inside the node by destination place, then between nodes: messages between nodes fall by the ranks per node, bytes there
-    stay, bytes inside rise. After LocMoE, arXiv 2401.13920, whose exchange goes through groups as well.
+    Inside the node by destination place, then between nodes: messages between nodes fall by the ranks per node, bytes
+    there stay, bytes inside rise. After LocMoE, arXiv 2401.13920, whose exchange goes through groups as well.
 
-    Step 1, (i, j) -> (i, l): all chunks (i, j) -> (k, l), every k. Step 2, (i, l) -> (k, l): all chunks (i, j) -> (k, l),
-    every j. With uneven splits a step 0 inside the node tells the relay (i, l) how many rows it will get for every k.
+    Step 1, (i, j) -> (i, l): all chunks (i, j) -> (k, l), every k. Step 2, (i, l) -> (k, l): all chunks
+    (i, j) -> (k, l), every j. With uneven splits a step 0 inside the node tells the relay (i, l) how many rows it will
+    get for every k.
 
     Args:
         topology ([`NodeTopology`]): the group's ranks; nodes of equal size.
         rank (`int`): this rank in it.
         output, input (`torch.Tensor`): contiguous, rows by rank.
-        output_counts, input_counts (`Sequence[int]`, *optional*): rows from and to each rank; left out, all are equal, on
-            all ranks alike.
+        output_counts, input_counts (`Sequence[int]`, *optional*): rows from and to each rank; left out, all are equal,
+            on all ranks alike.
     """
     grid = [topology.ranks_of_node(node) for node in range(topology.num_nodes)]
     num_nodes, node_size = len(grid), len(grid[0])
@@ -113,9 +116,9 @@ def domain_plan(
     input_counts: Sequence[int] | None,
 ) -> Plan:
     """
-    The group-wise exchange of LocMoE (arXiv 2401.13920): ranks of a tensor-parallel domain hold the same tokens, so each
-    sends its share of every chunk through its own group, and an all-gather inside the domain completes them. Bytes through
-    the group fall by the size of the domain.
+    The group-wise exchange of LocMoE (arXiv 2401.13920): ranks of a tensor-parallel domain hold the same tokens, so
+    each sends its share of every chunk through its own group, and an all-gather inside the domain completes them.
+    Bytes through the group fall by the size of the domain.
 
     Needs the same `input` on all ranks of the domain, and splits that are equal there.
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From "connection closed by peer" to "rank 3 (node 1) did not arrive": who is missing, found out through the store.
 
-Nothing here runs while all is well. A rank whose collective fails, or does not end in time, writes a report, raises the group's
-alarm and waits a little for the others' reports. Ranks that wait look at the alarm about once a second, so that one rank's
-failure ends the wait of all. A rank without a report is lost or stalled.
+Nothing here runs while all is well. A rank whose collective fails, or does not end in time, writes a report, raises
+the group's alarm and waits a little for the others' reports. Ranks that wait look at the alarm about once a second, so
+that one rank's failure ends the wait of all. A rank without a report is lost or stalled.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ class FailureDesk:
 
     def explain(self, call: Call, cause: str) -> CollectiveError:
         """
-        Reports this rank's failure, hears the others, and returns the error to raise. Takes up to `grace_s` seconds; the
-        first explanation stands for all later failures of the group. Point-to-point calls concern two ranks, and say what
-        they saw.
+        Reports this rank's failure, hears the others, and returns the error to raise. Takes up to `grace_s` seconds;
+        the first explanation stands for all later failures of the group. Point-to-point calls concern two ranks, and
+        say what they saw.
         """
         with self._lock:
             if self._error is None:
@@ -119,8 +119,9 @@ class FailureDesk:
         except RuntimeError as error:
             if not (heard and isinstance(error, _NoAnswerError)):
                 return (
-                    f"{head}{cause}. The store does not answer either ({_first_line(error)}): the process that hosts it (rank "
-                    "0, unless the launcher does) was lost, or this node is cut off from it. Look at that process's log first."
+                    f"{head}{cause}. The store does not answer either ({_first_line(error)}): the process that hosts "
+                    "it (rank 0, unless the launcher does) was lost, or this node is cut off from it. Look at that "
+                    "process's log first."
                 )
         # a copy: the thread may be writing still
         reports = {rank: known for rank, known in list(heard.items()) if known is not None}
@@ -136,8 +137,8 @@ class FailureDesk:
         ]
         if missing:
             return (
-                f"{head}lost or stalled: {self._name(missing)}. {self._whole_nodes(missing)}No sign of life came in the "
-                f"{self.grace_s:g} s after the call failed here: look at the log of rank "
+                f"{head}lost or stalled: {self._name(missing)}. {self._whole_nodes(missing)}No sign of life came in "
+                f"the {self.grace_s:g} s after the call failed here: look at the log of rank "
                 f"{self._topology.global_ranks[missing[0]]} first; if it was only slow, raise `{TIMEOUT_VARIABLE}` "
                 f"({self.timeout_s:g}). What this rank saw: {cause}"
             )
@@ -150,18 +151,18 @@ class FailureDesk:
         if behind:
             return (
                 f"{head}{self._name(behind)} had not reached it, the last call there being number "
-                f"{reports[behind[0]].last_sequence}: it was slow, or raised on its own. Look at its log first; if it was "
-                f"only slow, raise `{TIMEOUT_VARIABLE}` ({self.timeout_s:g})."
+                f"{reports[behind[0]].last_sequence}: it was slow, or raised on its own. Look at its log first; if it "
+                f"was only slow, raise `{TIMEOUT_VARIABLE}` ({self.timeout_s:g})."
             )
         first = next((rank for rank in sorted(reports) if reports[rank].last_sequence > call.sequence), None)
         if first is not None:
             return (
-                f"{head}this rank came too late: {self._topology.describe_rank(first)} had given up on it. If it was only "
-                f"slow, raise `{TIMEOUT_VARIABLE}` ({self.timeout_s:g}). What this rank saw: {cause}"
+                f"{head}this rank came too late: {self._topology.describe_rank(first)} had given up on it. If it was "
+                f"only slow, raise `{TIMEOUT_VARIABLE}` ({self.timeout_s:g}). What this rank saw: {cause}"
             )
         return (
-            f"{head}all ranks had reached it and none is lost, so the connection between them is at fault. What this rank "
-            f"saw: {cause}"
+            f"{head}all ranks had reached it and none is lost, so the connection between them is at fault. What this "
+            f"rank saw: {cause}"
         )
 
     def _exchange_reports(self, report: Report, heard: dict[int, Report | None]) -> None:
@@ -200,8 +201,9 @@ class _NoAnswerError(RuntimeError):
 
 class _Asker:
     """
-    Asks the store from a thread, one question at a time, and waits so long for the answer: a store beyond a cut link does not
-    fail, it never answers. A question without an answer keeps its thread until the kernel gives the connection up.
+    Asks the store from a thread, one question at a time, and waits so long for the answer: a store beyond a cut link
+    does not fail, it never answers. A question without an answer keeps its thread until the kernel gives the
+    connection up.
     """
 
     def __init__(self) -> None:

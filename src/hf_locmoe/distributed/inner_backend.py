@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backends that do the work: gloo, NCCL, xccl or whatever a device registered, built as `torch.distributed` builds them."""
+"""The backends that do the work: gloo, NCCL, xccl or what a device registered, built as `torch.distributed` does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _OWN_NAME = "locmoe"
 
 def inner_backend_names(override: str | None = None) -> dict[str, str]:
     """
-    Device type -> backend name: gloo for the CPU, and for the accelerator of this machine, if there is one, its default.
+    Device type -> backend name: gloo for the CPU, and for the accelerator of this machine, if there is one, its
+    default.
 
     Args:
         override (`str`, *optional*): one backend for all devices, such as `"gloo"` or `"fake"`.
@@ -95,8 +96,8 @@ def _build(name: str, store, rank: int, size: int, timeout: timedelta, global_ra
     plugin = Backend._plugins.get(name.upper())
     if plugin is None:
         raise RuntimeError(
-            f"The inner backend `{name}` is not known to torch.distributed ({', '.join(Backend.backend_list)}): import the "
-            "package that registers it before the process group is made."
+            f"The inner backend `{name}` is not known to torch.distributed ({', '.join(Backend.backend_list)}): "
+            "import the package that registers it before the process group is made."
         )
     if not plugin.extended_api:
         return plugin.creator_fn(store, rank, size, timeout)

@@ -351,7 +351,8 @@ def describe_job(
 
     Args:
         num_ranks (`int`, *optional*): ranks of the job; the launcher's when left out.
-        ranks_per_node (`int` or `str`, *optional*): see [`NodeTopology.from_ranks_per_node`]; the launcher's when left out.
+        ranks_per_node (`int` or `str`, *optional*): see [`NodeTopology.from_ranks_per_node`]; the launcher's when left
+            out.
         num_experts (`int`, *optional*): experts to place.
         ep_size (`int`, *optional*): consecutive ranks that share one copy of the experts; all when left out.
         placement (`Sequence[int]`, *optional*): table expert -> rank of its group.
@@ -366,8 +367,8 @@ def describe_job(
         known = NodeTopology.from_environment()
         if known is None:
             raise ValueError(
-                "`ranks_per_node` (None) cannot be told from this process's environment: give the number of ranks and the "
-                f"ranks of a node, or set `{RANKS_PER_NODE_VARIABLE}`."
+                "`ranks_per_node` (None) cannot be told from this process's environment: give the number of ranks and "
+                f"the ranks of a node, or set `{RANKS_PER_NODE_VARIABLE}`."
             )
         topology = known
     ep_size = ep_size or topology.num_ranks

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `Work` objects that the backend hands out.
 
-`torch.distributed` waits on works from Python and from C++ (functional collectives, DDP's reducer); C++ sees `wait` and
-`get_future` of a Python work only, so these two carry everything that matters: errors above all. The ready-made
+`torch.distributed` waits on works from Python and from C++ (functional collectives, DDP's reducer); C++ sees `wait`
+and `get_future` of a Python work only, so these two carry everything that matters: errors above all. The ready-made
 `_create_work_from_future` reports success for a failed future, hence classes of our own.
 """
 
@@ -131,8 +131,8 @@ class ThreadWork(dist.Work):
 
 class WatchedWork(dist.Work):
     """
-    A work on the CPU whose failure, or whose failure to end in time, is explained: which rank is missing, on which node, in
-    which call.
+    A work on the CPU whose failure, or whose failure to end in time, is explained: which rank is missing, on which
+    node, in which call.
 
     Args:
         inner: the work itself.
@@ -166,7 +166,10 @@ class WatchedWork(dist.Work):
         return True
 
     def _wait_in_glances(self, end: float, raise_plainly: bool) -> None:
-        """Until `end`, with a look at the alarm now and then. `raise_plainly`: running out of time is the caller's affair."""
+        """
+        Until `end`, with a look at the alarm now and then. `raise_plainly`: running out of time is the caller's
+        affair.
+        """
         watch = self._watch
         while True:
             left = max(end - time.monotonic(), 0.001)
