@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading that refuses what is damaged, pickled or another model's, and saving that never damages an earlier checkpoint."""
+"""Loading that refuses what is damaged, pickled or another model's; saving that never damages an earlier checkpoint."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _MAX_NAMED = 5
 
 class CheckpointError(ValueError, RuntimeError):
     """
-    A checkpoint that is damaged or another model's. A `ValueError`, as what a user can put right is in this package, and a
-    `RuntimeError`, which transformers raises for some of the cases.
+    A checkpoint that is damaged or another model's. A `ValueError`, as what a user can put right is in this package, and
+    a `RuntimeError`, which transformers raises for some of the cases.
     """
 
 
@@ -51,8 +51,8 @@ class SafePretrainedMixin(_PreTrainedModel):
         **kwargs,
     ):
         """
-        As [`~transformers.PreTrainedModel.from_pretrained`], but safetensors only, and never with weights of the decoder
-        left random in silence.
+        As [`~transformers.PreTrainedModel.from_pretrained`], but safetensors only, and never with weights of the
+        decoder left random in silence.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*): Folder, Hub name, or None with
@@ -70,8 +70,8 @@ class SafePretrainedMixin(_PreTrainedModel):
         """
         if use_safetensors is False:
             raise ValueError(
-                "`use_safetensors` (False) asks for pickled weights, which can run any code when they are loaded: leave it"
-                " out and load a safetensors checkpoint."
+                "`use_safetensors` (False) asks for pickled weights, which can run any code when they are loaded: leave"
+                " it out and load a safetensors checkpoint."
             )
         config = kwargs.get("config")
         if isinstance(config, PreTrainedConfig) and config.model_type != cls.config_class.model_type:
@@ -116,8 +116,8 @@ class SafePretrainedMixin(_PreTrainedModel):
         **kwargs,
     ) -> None:
         """
-        As [`~transformers.PreTrainedModel.save_pretrained`], but all or nothing (see [`staged_save`]): a save that fails
-        or is killed leaves the earlier checkpoint, and one that succeeds removes files of an earlier layout.
+        As [`~transformers.PreTrainedModel.save_pretrained`], but all or nothing (see [`staged_save`]): a save that
+        fails or is killed leaves the earlier checkpoint, and one that succeeds removes files of an earlier layout.
 
         With `distributed_checkpoint=True` every rank writes its own files, straight into the folder. With
         `push_to_hub=True` a model card that is in the folder already is uploaded as it is.
@@ -158,6 +158,8 @@ class SafePretrainedMixin(_PreTrainedModel):
                 card = Path(save_directory, "README.md")
                 if not card.exists():
                     create_and_tag_model_card(repo_id, self.model_tags, token=token).save(card)
+                    if (write_card := getattr(self, "model_card_writer", None)) is not None:
+                        write_card(save_directory, self.config, architecture=type(self).__name__, model_id=repo_id)
                 files = [*written, card.name]
                 upload_folder(repo_id=repo_id, folder_path=save_directory, allow_patterns=files, token=token, **commit)
         # once more after the files are in place: no rank reads what is still being moved in
@@ -239,15 +241,15 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _damaged(file: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{file} cannot be read ({reason}): it is damaged or was copied in part. Copy or download it again (from the Hub"
-        " with `force_download=True`), or load an earlier checkpoint."
+        f"{file} cannot be read ({reason}): it is damaged or was copied in part. Copy or download it again (from the"
+        " Hub with `force_download=True`), or load an earlier checkpoint."
     )
 
 
 def _pickled(file: Path) -> CheckpointError:
     return CheckpointError(
-        f"{file} is a pickle, which can run any code when it is loaded: only safetensors are read. If you trust it, convert"
-        f' it once: `safetensors.torch.save_file(torch.load("{file.name}", weights_only=True), "{SAFE_WEIGHTS_NAME}")`.'
+        f"{file} is a pickle, which can run any code when it is loaded: only safetensors are read. If you trust it,"
+        f' convert it once: `safetensors.torch.save_file(torch.load("{file.name}", weights_only=True), "{SAFE_WEIGHTS_NAME}")`.'
     )
 
 

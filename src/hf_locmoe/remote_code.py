@@ -2,9 +2,10 @@
 """
 The modelling code as flat files beside a checkpoint, so that it loads where hf_locmoe is not installed.
 
-transformers loads code from a checkpoint through `auto_map` and `trust_remote_code=True`. It knows one level of files: it
-takes the modules a file needs from the text `from .x import`, and copies those. So our modules are written beside the
-weights under flat names (`moe/gate.py` becomes `moe_gate.py`) with their imports rewritten, and nothing else changed.
+transformers loads code from a checkpoint through `auto_map` and `trust_remote_code=True`. It knows one level of files:
+it takes the modules a file needs from the text `from .x import`, and copies those. So our modules are written beside the
+weights under flat names (`moe/gate.py` becomes `moe_gate.py`) with their imports rewritten, and nothing else changed but
+imports in a `try` with an `except ImportError`: those a checkpoint does without.
 
 This module is one of them: run from a checkpoint, the same code finds the flat files beside itself and copies them on.
 """

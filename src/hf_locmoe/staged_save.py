@@ -2,15 +2,16 @@
 """
 Saving that never damages an earlier checkpoint: everything is written aside first, then moved in.
 
-The order of the moves makes one rename the moment at which the folder changes from the earlier checkpoint to the new one:
+The order of the moves makes one rename the moment at which the folder turns from the earlier checkpoint to the new one:
 
   1. the new files are written to `_saving-HOST-PID-*` inside the target folder and flushed to the disk;
-  2. `config.json` is replaced by the new one with `transformers_weights` leading to the weights of step 1 (the moment);
+  2. `config.json` is replaced by the new one, whose `transformers_weights` leads to the weights of step 1: the moment;
   3. the weights appear under their usual names as hard links, weights of another layout are removed;
   4. `config.json` is replaced by the new one as it stays, and the folder of step 1 is removed.
 
 A process killed at any point leaves a folder that loads as the earlier checkpoint or as the new one, never as a mixture;
-the next save finishes what it left. Where there is no earlier checkpoint the files are moved in one by one, `config.json` last.
+the next save finishes what it left. Where there is no earlier checkpoint the files are moved in one by one,
+`config.json` last.
 """
 
 from __future__ import annotations
