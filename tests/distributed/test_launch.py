@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Trainer script that knows nothing of this package, through the launcher: on two ranks as on one process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_locmoe import LocMoeConfig, LocMoeForCausalLM
+from tests.tolerances import assert_close
+
+
+SCRIPT = """
+import json, os, sys
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+set_seed(args.seed)
+rows = torch.randint(0, 64, (32, 16), generator=torch.Generator().manual_seed(0)).tolist()
+data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+source = os.environ["MODEL"]
+if os.environ["FROM"] == "checkpoint":
+    model = AutoModelForCausalLM.from_pretrained(source)
+else:
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data)
+trainer.train()
+metrics = trainer.evaluate()
+trainer.save_model(args.output_dir)
+if args.process_index == 0:
+    log = [[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "loss" in entry]
+    json.dump({"log": log, "eval_loss": metrics["eval_loss"]}, open(os.path.join(args.output_dir, "result.json"), "w"))
+"""
+
+
+def write_model(folder: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "locmoe":
+        fields = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+        config = LocMoeConfig(**fields, num_attention_heads=2, num_experts=4, balance_bias_update_rate=0.02)
+        LocMoeForCausalLM(config).save_pretrained(folder)
+        return
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    fields = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    ids = {"pad_token_id": 0, "eos_token_id": 1}
+    OlmoeForCausalLM(
+        OlmoeConfig(**fields, num_attention_heads=2, num_experts=4, num_experts_per_tok=2, **ids)
+    ).save_pretrained(folder)
+
+
+def run(folder: Path, ranks: int, model: Path, source: str, batch: int, **env) -> dict:
+    """Runs the script through the launcher on so many ranks; its results and final weights."""
+    script, output = folder / "script.py", folder / f"out{ranks}"
+    script.write_text(SCRIPT)
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    arguments = (
+        f"--output_dir {output} --max_steps 3 --logging_steps 1 --report_to none --save_strategy no --learning_rate 1e-2 "
+        f"--lr_scheduler_type constant --disable_tqdm True --per_device_train_batch_size {batch} "
+        f"--gradient_accumulation_steps 2 --use_cpu True"
+    ).split()
+    done = subprocess.run(
+        [*launcher, "hf_locmoe.launch", str(script), *arguments],
+        env={**os.environ, "MODEL": str(model), "FROM": source, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((output / "result.json").read_text()) | {"weights": load_file(output / "model.safetensors")}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("locmoe", "checkpoint"),
+        pytest.param("locmoe", "config", marks=pytest.mark.slow),
+        pytest.param("olmoe", "checkpoint", marks=pytest.mark.slow),
+    ],
+)
+def test_two_nodes_train_as_one_process(tmp_path, kind, source):
+    write_model(tmp_path / "model", kind)
+    # on one node the locality loss is zero, on two it is not: off, to compare
+    alone = run(tmp_path, 1, tmp_path / "model", source, batch=4, LOCMOE_LOCALITY_LOSS_COEF="0")
+    spread = run(
+        tmp_path,
+        2,
+        tmp_path / "model",
+        source,
+        batch=2,
+        LOCMOE_LOCALITY_LOSS_COEF="0",
+        LOCMOE_RANKS_PER_NODE="1",
+        LOCMOE_LAYOUT="spread",
+    )
+    assert_close(torch.tensor(spread["log"]), torch.tensor(alone["log"]))
+    assert_close(torch.tensor(spread["eval_loss"]), torch.tensor(alone["eval_loss"]))
+    assert spread["weights"].keys() == alone["weights"].keys()
+    for name, weight in alone["weights"].items():
+        # Adam's first steps are the sign of the gradient, whatever its size: rounding shows in weights of no consequence
+        assert (spread["weights"][name] - weight).abs().float().mean() < 1e-4, name
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "hf_locmoe.launch", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_arguments_traceback_and_exit_code_are_the_scripts(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nprint(sys.argv[1:], __name__)\n"
+        "if sys.argv[1] == 'fail':\n    raise KeyError('named')\nsys.exit(7)\n"
+    )
+    done = launch(str(script), "go", "--plugin", "mine")
+    assert done.returncode == 7
+    assert "['go', '--plugin', 'mine'] __main__" in done.stdout
+    done = launch(str(script), "fail")
+    assert done.returncode == 1
+    assert re.search(r'script.py", line 4, in <module>\n.*\nKeyError: \'named\'', done.stderr)
+
+
+def test_what_is_missing_is_named():
+    done = launch("nowhere.py")
+    assert done.returncode == 1
+    assert "`SCRIPT` (nowhere.py) is not there" in done.stderr
+    done = launch("--plugin", "nowhere.yaml", "script.py")
+    assert "`--plugin` (nowhere.yaml) is no file" in done.stderr
