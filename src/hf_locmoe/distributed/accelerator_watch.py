@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 import weakref
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class AcceleratorWatch:
         self._device = device
         # Set by the caller's thread, taken by the watching one, so that a work (and its tensors) is held for a
         # second at most.
-        self._last: tuple[Call, float, object, torch.cuda.Event | None] | None = None
+        self._last: tuple[Call, float, Any, torch.cuda.Event | None] | None = None
         threading.Thread(target=_look_on, args=(weakref.ref(self),), name="locmoe-watch", daemon=True).start()
 
     def saw(self, call: Call, work) -> None:

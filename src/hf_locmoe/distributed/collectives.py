@@ -360,16 +360,17 @@ def _native_all_to_all(group: dist.ProcessGroup, *args, **kwargs):
     return method(*args, **kwargs)
 
 
-def _on_the_wire(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _on_the_wire(output: torch.Tensor, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The tensors as the inner backend takes them: gloo does not know all types, and an exchange only moves bytes."""
-    if tensors[0].device.type != "cpu" or tensors[0].dtype in _GLOO_DTYPES:
-        return tensors
-    rows_of_bytes = []
-    for tensor in tensors:
-        if not tensor.is_contiguous():
-            raise ValueError("Tensors of an all-to-all must be contiguous: pass `tensor.contiguous()`.")
-        rows_of_bytes.append(tensor.view(tensor.shape[0], math.prod(tensor.shape[1:])).view(torch.uint8))
-    return tuple(rows_of_bytes)
+    if input.device.type != "cpu" or input.dtype in _GLOO_DTYPES:
+        return output, input
+    return _as_rows_of_bytes("output", output), _as_rows_of_bytes("input", input)
+
+
+def _as_rows_of_bytes(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_contiguous():
+        raise ValueError(f"`{name}` must be contiguous: pass `{name}.contiguous()`.")
+    return tensor.view(tensor.shape[0], math.prod(tensor.shape[1:])).view(torch.uint8)
 
 
 def _is_capturing(tensor: torch.Tensor) -> bool:
