@@ -191,23 +191,25 @@ def router_statistics(
     Returns:
         `torch.Tensor` of shape `(S, n)`, float32. Only `PROB_SUM` carries a gradient.
     """
-    num_experts = router_logits.shape[-1]
-    probabilities = router_logits.softmax(dim=-1)
-    weight = None if token_mask is None else token_mask.to(probabilities.dtype)
-    prob_sum = probabilities.sum(dim=0) if weight is None else weight @ probabilities
-    with torch.no_grad():
-        probabilities = probabilities.detach()
-        one_hot = torch.nn.functional.one_hot(top_k_index, num_experts).to(probabilities.dtype)  # (T, k, n)
-        if weight is not None:
-            one_hot = one_hot * weight[:, None, None]
-        first = one_hot[:, 0]
-        entropy = -torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
-        rows = [one_hot.sum(dim=(0, 1))]
-        for flags in (dropped, rerouted):
-            rows.append(torch.zeros_like(rows[0]) if flags is None else _count(flags, one_hot))
-        rows.append(entropy @ first)
-        rows.extend(_cosine_rows(gate, hidden_states, top_k_index, first, cos_quantile))
-    return torch.stack([prob_sum, *rows])
+    # sums over thousands of tokens, some of them as products with a matrix, which autocast would make in half precision
+    with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+        num_experts = router_logits.shape[-1]
+        probabilities = router_logits.softmax(dim=-1)
+        weight = None if token_mask is None else token_mask.to(probabilities.dtype)
+        prob_sum = probabilities.sum(dim=0) if weight is None else weight @ probabilities
+        with torch.no_grad():
+            probabilities = probabilities.detach()
+            one_hot = torch.nn.functional.one_hot(top_k_index, num_experts).to(probabilities.dtype)  # (T, k, n)
+            if weight is not None:
+                one_hot = one_hot * weight[:, None, None]
+            first = one_hot[:, 0]
+            entropy = -torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
+            rows = [one_hot.sum(dim=(0, 1))]
+            for flags in (dropped, rerouted):
+                rows.append(torch.zeros_like(rows[0]) if flags is None else _count(flags, one_hot))
+            rows.append(entropy @ first)
+            rows.extend(_cosine_rows(gate, hidden_states, top_k_index, first, cos_quantile))
+        return torch.stack([prob_sum, *rows])
 
 
 def _count(flags: torch.Tensor, one_hot: torch.Tensor) -> torch.Tensor:

@@ -225,6 +225,16 @@ class TestStatistics:
         assert actual.dtype == torch.float32
         assert_close(actual, expected, torch.float32)
 
+    @pytest.mark.parametrize("gate_class", [LocMoeGate, SwitchGate])
+    def test_autocast_changes_nothing(self, gate_class):
+        gate = make_gate(gate_class, gate_rotation=gate_class is LocMoeGate)
+        x = torch.randn(900, 32)
+        logits, _, index = gate(x)
+        mask = torch.arange(900) < 700
+        plain = router_statistics(gate, x, logits, index, mask, cos_quantile=0.5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(router_statistics(gate, x, logits, index, mask, cos_quantile=0.5), plain)
+
     def test_long_batches_sample_their_cosines(self):
         gate = make_gate()
         x = torch.randn(2 * NUM_COSINE_SAMPLES + 10, 32)
