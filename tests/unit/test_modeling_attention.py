@@ -19,6 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.tiny_models import random_ids, tiny_config, tiny_model
 from tests.tolerances import assert_close
@@ -95,6 +96,14 @@ ROPES = {
 }
 
 
+if "proportional" in ROPE_INIT_FUNCTIONS:
+    ROPES["proportional"] = dict(rope_type="proportional", rope_theta=500.0, partial_rotary_factor=0.5)
+
+
+def test_every_rope_of_this_transformers_is_here():
+    assert set(ROPE_INIT_FUNCTIONS) <= set(ROPES)
+
+
 def copy_weights(ours, theirs):
     """Llama's dense layers into ours; names agree but for the order of gate and up."""
     missing = ours.load_state_dict(theirs.state_dict(), strict=False)
@@ -127,7 +136,11 @@ def test_every_rope_is_llamas(rope, length):
 
 def test_rope_scalings_differ_from_each_other():
     ids = random_ids(1, 50)
-    results = [dense(rope_parameters=parameters)(ids).logits for parameters in ROPES.values() if parameters["rope_type"] != "dynamic"]
+    results = [
+        dense(rope_parameters=parameters)(ids).logits
+        for parameters in ROPES.values()
+        if parameters["rope_type"] != "dynamic"
+    ]
     for i, first in enumerate(results):
         assert not any(torch.allclose(first, other, atol=1e-4) for other in results[i + 1 :])
 
@@ -225,5 +238,5 @@ def test_head_dim_of_its_own():
     assert model(random_ids()).logits.shape == (2, 12, 61)
 
 
-def test_the_config_of_a_qwen3_moe_keeps_its_aliases():
+def test_mixtrals_name_for_the_number_of_experts_is_known():
     assert tiny_config(num_local_experts=8).num_experts == 8

@@ -104,7 +104,9 @@ def test_generation_with_a_static_cache_is_one_graph():
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("path", ["dropless grouped_mm", *(pytest.param(p, marks=pytest.mark.slow) for p in ("paper", "hash"))])
+@pytest.mark.parametrize(
+    "path", ["dropless grouped_mm", *(pytest.param(p, marks=pytest.mark.slow) for p in ("paper", "hash"))]
+)
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_dynamic_shapes(path, strict):
     model = build(path).eval()

@@ -20,7 +20,15 @@ STATEFUL = dict(
     capacity_mode="critical",
     critical_capacity_steps=1,
 )
-FLOAT32_STATE = ("e_score_correction_bias", "hidden_mean", "hidden_mean_updates", "rotation", "steps", "cos_angle", "min_factor")
+FLOAT32_STATE = (
+    "e_score_correction_bias",
+    "hidden_mean",
+    "hidden_mean_updates",
+    "rotation",
+    "steps",
+    "cos_angle",
+    "min_factor",
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,9 @@ class TestLoading:
         model, path = saved
         device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
         rest = {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-        loaded = LocMoeForCausalLM.from_pretrained(path, device_map={**device_map, **rest}, offload_folder=str(tmp_path))
+        loaded = LocMoeForCausalLM.from_pretrained(
+            path, device_map={**device_map, **rest}, offload_folder=str(tmp_path)
+        )
         ids = random_ids()
         assert_close(loaded.eval()(ids).logits, model(ids).logits)
 

@@ -360,7 +360,9 @@ class TestRouterState:
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]), name
         model.update_router_state(outputs.router_stats, outputs.router_hidden_sum)
-        changed = {name.split(".")[-1] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        changed = {
+            name.split(".")[-1] for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+        }
         assert changed == {"e_score_correction_bias", "hidden_mean", "hidden_mean_updates", "steps", "cos_angle"}
 
     def test_hidden_sum_is_the_sum_of_what_the_gate_sees(self):
@@ -475,7 +477,9 @@ def test_any_valid_config_trains_and_evaluates(fields, batch_size, length, imple
             assert all(torch.isfinite(grad).all() for grad in gradients(model).values())
         if outputs.router_stats is not None:
             counted = mask.sum() * fields["num_experts_per_tok"]
-            assert torch.equal(outputs.router_stats[:, RouterStat.TOKENS].sum(-1), counted.expand(len(outputs.router_stats)).float())
+            assert torch.equal(
+                outputs.router_stats[:, RouterStat.TOKENS].sum(-1), counted.expand(len(outputs.router_stats)).float()
+            )
             model.update_router_state(outputs.router_stats, outputs.router_hidden_sum)
     logits = model.eval()(ids, attention_mask=mask).logits
     assert torch.isfinite(logits).all()

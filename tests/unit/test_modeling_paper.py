@@ -17,7 +17,9 @@ ALPHA, MU, REMOTE_SHARE = 0.01, 0.03, 0.1
 def paper_layer(x, w_in, w_out):
     """Eq. 1-4: x (T, d) to y (T, d), the softmax G (T, n) and the chosen experts (T,). Straight from the formulas."""
     d, n = x.shape[1], len(w_in)
-    w = torch.stack([(n / d) * ((i * d / n <= torch.arange(d)) & (torch.arange(d) < (i + 1) * d / n)) for i in range(n)])
+    w = torch.stack(
+        [(n / d) * ((i * d / n <= torch.arange(d)) & (torch.arange(d) < (i + 1) * d / n)) for i in range(n)]
+    )
     scores = x @ w.T.to(x.dtype)
     gate = scores.relu().softmax(dim=-1)
     chosen = scores.argmax(dim=-1)

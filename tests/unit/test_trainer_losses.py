@@ -142,7 +142,9 @@ def test_the_whole_gradient_is_that_of_a_raw_loop(tmp_path):
     labels[2, 8:] = -100
     dataset = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels)]
     settings = dict(gate_type="switch", router_aux_loss_coef=0.5, locality_loss_coef=0.5)
-    actual, _ = train_one_step(tmp_path, dataset, 2, model=tiny_model(**settings), train_sampling_strategy="sequential")
+    actual, _ = train_one_step(
+        tmp_path, dataset, 2, model=tiny_model(**settings), train_sampling_strategy="sequential"
+    )
 
     model = tiny_model(**settings).train()
     model.model.router_scope = RouterScope(node_local_experts=NEAR)

@@ -28,9 +28,10 @@ class SwitchGate(Router):
         return nn.functional.linear(hidden_states, self.weight.float())
 
     def cosines(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.normalize(hidden_states.float(), dim=-1) @ nn.functional.normalize(
-            self.weight.float(), dim=-1
-        ).T
+        return (
+            nn.functional.normalize(hidden_states.float(), dim=-1)
+            @ nn.functional.normalize(self.weight.float(), dim=-1).T
+        )
 
 
 class HashGate(Router):

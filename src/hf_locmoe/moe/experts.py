@@ -65,9 +65,7 @@ class LocMoeGatedExperts(nn.Module):
             top_k_index,
             top_k_weights,
             self.num_experts,
-            lambda expert, tokens: (
-                self._apply_gate(tokens @ self.gate_up_proj[expert].T) @ self.down_proj[expert].T
-            ),
+            lambda expert, tokens: self._apply_gate(tokens @ self.gate_up_proj[expert].T) @ self.down_proj[expert].T,
         )
 
 

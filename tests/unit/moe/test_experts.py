@@ -98,7 +98,9 @@ def test_forward_and_gradients_agree_with_eager(implementation, gated, case, dty
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("num_tokens, num_experts, width, k", [(1, 3, 20, 1), (7, 5, 36, 3), (16, 1, 12, 1), (5, 8, 4, 8)])
+@pytest.mark.parametrize(
+    "num_tokens, num_experts, width, k", [(1, 3, 20, 1), (7, 5, 36, 3), (16, 1, 12, 1), (5, 8, 4, 8)]
+)
 def test_odd_sizes(implementation, num_tokens, num_experts, width, k):
     experts = make_experts(False, num_experts=num_experts, moe_intermediate_size=width, num_experts_per_tok=k)
     x = torch.randn(num_tokens, 32)
@@ -184,7 +186,9 @@ def test_an_unknown_implementation_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("overflow", ["drop", "next_best"])
 def test_a_model_with_a_capacity_gives_the_same_with_every_implementation(overflow):
-    settings = dict(capacity_mode="factor", expert_capacity_factor=0.6, capacity_overflow=overflow, num_experts_per_tok=2)
+    settings = dict(
+        capacity_mode="factor", expert_capacity_factor=0.6, capacity_overflow=overflow, num_experts_per_tok=2
+    )
     ids = random_ids(3, 10)
     results = {}
     for implementation in ("eager", *FAST):
