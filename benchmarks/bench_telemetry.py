@@ -4,7 +4,7 @@
 Three models of the same weights train on the same batches, one step each in turn; who goes first rotates. `bare` computes
 no router statistics, and so has no router losses and no balance bias; `training` has both, and nobody looks; `telemetry`
 has `RoutingStatsCallback` besides, with a log event every few steps. Before a time is printed, the losses of the last two
-must be equal bit for bit, and the logged load must be what the outputs add up to.
+must be equal bit for bit (on CUDA, whose sums of gradients have no fixed order, in the first step), and the logged load must be what the outputs add up to.
 
 Shapes: T = tokens in a sequence, B = sequences in a batch.
 """
@@ -105,7 +105,8 @@ def measure(config: LocMoeConfig, data: torch.Tensor, args: argparse.Namespace) 
                     seconds[name].append(taken)
                 if name == "telemetry":
                     tokens = tokens + stats[:, RouterStat.TOKENS].double().cpu()
-            if not torch.equal(losses["training"], losses["telemetry"]):
+            comparable = device.type == "cpu" or index == 0  # CUDA adds gradients up in no fixed order
+            if comparable and not torch.equal(losses["training"], losses["telemetry"]):
                 raise RuntimeError(f"step {index}: telemetry changed the loss, {losses}")
             num_counted += 1
             if num_counted == args.logging_steps:
@@ -132,18 +133,39 @@ def rows(seconds: dict[str, list[float]]) -> list[dict]:
     return table
 
 
+def notes(table: list[dict], device: str, logging_steps: int) -> list[str]:
+    compared = "at every step" if device == "cpu" else "in the first step"
+    ratio = table[-1]["ratio"]
+    return [
+        "`bare` computes no router statistics and so has no router losses and no balance bias; `training` has both; "
+        f"`telemetry` adds `RoutingStatsCallback` with a log event every {logging_steps} steps: some ten small operations "
+        "a micro-batch, and one transfer to the host and one line in a file an event.",
+        f"The losses of `training` and `telemetry` were equal bit for bit {compared}, and the logged loads were those of "
+        "the outputs.",
+        *["The cost of telemetry is below what this run can tell: the quartiles of its ratio enclose 1."]
+        * (ratio.q1 <= 1 <= ratio.q3),
+    ]
+
+
+def _command(argv: list[str]) -> str:
+    """How to repeat it, wherever the results go."""
+    kept = [word for index, word in enumerate(argv) if "--output" not in argv[max(0, index - 1) : index + 1]]
+    return " ".join(["python -m benchmarks.bench_telemetry", *kept])
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_telemetry", description=__doc__.splitlines()[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     large = device == "cuda"
     for name, value in {
         "hidden_size": 2048 if large else 256,
-        "num_layers": 8 if large else 4,
+        "intermediate_size": 2048 if large else 1024,
+        "num_layers": 6 if large else 4,
         "num_experts": 16 if large else 8,
-        "vocab_size": 8192 if large else 2048,
+        "vocab_size": 2048,
         "sequence_length": 1024 if large else 256,
         "batch_size": 8,
-        "steps": 300 if large else 90,
+        "steps": 200 if large else 90,
         "warmup": 20 if large else 9,
         "logging_steps": 10,
         "seed": 0,
@@ -161,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     config = LocMoeConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden_size,
-        intermediate_size=4 * args.hidden_size,
+        intermediate_size=args.intermediate_size,
         num_hidden_layers=args.num_layers,
         num_attention_heads=args.hidden_size // 64,
         num_experts=args.num_experts,
@@ -184,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             "dtype": "bfloat16" if args.device == "cuda" else "float32",
             "threads": torch.get_num_threads(),
         },
-        command="python -m benchmarks.bench_telemetry " + " ".join(sys.argv[1:] if argv is None else argv),
+        command=_command(sys.argv[1:] if argv is None else argv),
         rows=table,
         columns={
             "variant": "variant",
@@ -193,12 +215,7 @@ def main(argv: list[str] | None = None) -> int:
             "ratio": "ratio on the same batch, median (quartiles)",
             "added_ms": "difference of the medians, ms",
         },
-        notes=[
-            "`bare` computes no router statistics and so has no router losses and no balance bias; `training` has both; "
-            f"`telemetry` adds `RoutingStatsCallback` with a log event every {args.logging_steps} steps.",
-            "The losses of `training` and `telemetry` were equal bit for bit at every step, and the logged loads were those "
-            "of the outputs.",
-        ],
+        notes=notes(table, args.device, args.logging_steps),
         load=load.result(),
         extra={"seconds": seconds},
     )

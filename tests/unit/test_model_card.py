@@ -21,6 +21,7 @@ from hf_locmoe import (
     LocMoeForSequenceClassification,
     LocMoeForTokenClassification,
     LocMoeModel,
+    pretrained_io,
 )
 from hf_locmoe.model_card import CARD_NAME, TEMPLATE_PATH, build_model_card, is_generated, write_model_card
 
@@ -273,3 +274,23 @@ def test_push_to_hub_of_a_model(monkeypatch, on_the_hub):
         assert _metadata(ModelCard(api.readme))["pipeline_tag"] == "text-generation"
     else:
         assert "# By hand" in api.readme
+
+
+@pytest.mark.parametrize("in_the_folder", [None, "# By hand\n"])
+def test_save_pretrained_with_a_push(monkeypatch, tmp_path, in_the_folder):
+    card, uploaded = _card_of_a_push(monkeypatch), []
+    monkeypatch.setattr(pretrained_io, "create_and_tag_model_card", lambda *args, **kwargs: card)
+    monkeypatch.setattr(pretrained_io, "create_repo", _Hub().create_repo)
+    monkeypatch.setattr(
+        pretrained_io,
+        "upload_folder",
+        lambda folder_path, **_: uploaded.append((Path(folder_path) / CARD_NAME).read_text()),
+    )
+    if in_the_folder is not None:
+        (tmp_path / CARD_NAME).write_text(in_the_folder)
+    LocMoeForCausalLM(_config()).save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/pushed")
+    (readme,) = uploaded
+    if in_the_folder is None:
+        assert 'from_pretrained("someone/pushed")' in readme
+    else:
+        assert readme == in_the_folder
