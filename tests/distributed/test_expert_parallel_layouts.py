@@ -40,14 +40,30 @@ def compare_spread(variants):
         assert dense.to_local().numel() * 2 == dense.numel()
 
 
+COPIES_SHARDED = dict(SPREAD, ep_size=2)
+COPIES_WHOLE = dict(SPREAD, ep_size=2, replicate_experts=True)
+WITH_TP = dict(dp_replicate_size=2, fsdp_size=1, tp_size=2, ep_size=4)
+
+
 @pytest.mark.multiprocess
-def test_spread_layout_equals_one_process():
-    variants = [
-        Variant(SPREAD, dict(slices=2, fan_out="node"), checkpointing=False, accumulation=2),
-        Variant(dict(SPREAD, ep_size=2), dict(slices=1), family="mixtral", num_experts=4),
-        Variant(dict(dp_replicate_size=2, fsdp_size=1, tp_size=2, ep_size=4), dict(slices=1), family="mixtral"),
-        Variant(dict(SPREAD, ep_size=2, replicate_experts=True), dict(slices=1), family="locmoe", num_experts=2),
-    ]
+@pytest.mark.parametrize(
+    "variants",
+    [
+        [
+            Variant(SPREAD, dict(slices=2, fan_out="node"), checkpointing=False, accumulation=2),
+            Variant(COPIES_WHOLE, dict(slices=1), family="locmoe", num_experts=2),
+        ],
+        pytest.param(
+            [
+                Variant(COPIES_SHARDED, dict(slices=1), family="mixtral", num_experts=4),
+                Variant(WITH_TP, dict(slices=1), family="mixtral"),
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["spread", "copies and TP"],
+)
+def test_spread_layout_equals_one_process(variants):
     run_ranks(compare_spread, 4, variants, env={"LOCMOE_RANKS_PER_NODE": "2"})
 
 

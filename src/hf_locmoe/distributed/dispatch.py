@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from .backend import label_calls
 from .exchange import Exchange, Route, count, finish, make_route, start
 from .topology import NodeTopology
 
@@ -47,12 +48,20 @@ class Peers:
         node_group (`ProcessGroup`, *optional*):
             the members of `group` on this rank's node. Needed by fan-out "node" where the node has several.
         device (`torch.device`): where the tables live.
+        label (`str`, *optional*): the layer, for the backend's errors.
     """
 
     def __init__(
-        self, topology: NodeTopology, rank: int, group: Any, node_group: Any = None, device: Any = "cpu"
+        self,
+        topology: NodeTopology,
+        rank: int,
+        group: Any,
+        node_group: Any = None,
+        device: Any = "cpu",
+        label: str | None = None,
     ) -> None:
         self.topology, self.rank, self.group, self.node_group = topology, rank, group, node_group
+        self.label = label
         self.num_ranks = topology.num_ranks
         self.num_experts = topology.num_experts
         self.num_local_experts = len(topology.experts_of_rank(rank))
@@ -186,6 +195,7 @@ def plan_dispatch(
         numbers.append(per_rank(key + owner))
     sent = torch.cat(numbers, dim=2).contiguous()
     received = torch.empty_like(sent)
+    label_calls(peers.group, peers.label)
     dist.all_to_all_single(received, sent, group=peers.group)
     summed = received[:, :, 1:].sum(0)
     # The one host sync of the layer.
@@ -255,7 +265,7 @@ def start_dispatch(
     route = make_route(part.destination, part.send_sizes, part.recv_sizes, peers.group, part.room)
     metadata.hops.append(route)
     withdraw = recomputation.withdraw if recomputation is not None else None
-    metadata.exchange = Exchange(route, wire_dtype=wire_dtype, on_backward=withdraw)
+    metadata.exchange = Exchange(route, wire_dtype=wire_dtype, on_backward=withdraw, label=peers.label)
     # Ids travel less `num_experts`, so that a padding row, all zeros, names no expert.
     ids = (plan.top_k_index[part.tokens] - peers.num_experts).to(torch.int32)
     metadata.ticket = start(metadata.exchange, hidden_states, top_k_weights, ids)
@@ -286,7 +296,7 @@ def finish_dispatch(metadata: DispatchMetadata) -> tuple[torch.Tensor, torch.Ten
         targets = targets.masked_fill(~is_first, none)
         route = make_route(targets, part.hand_on_sizes, part.handed_sizes, peers.node_group)
         metadata.hops.append(route)
-        exchange = Exchange(route, wire_dtype=metadata.wire_dtype)
+        exchange = Exchange(route, wire_dtype=metadata.wire_dtype, label=peers.label)
         ticket = start(exchange, tokens, weights, ids.to(torch.int32), after=link)
         tokens, weights, ids, link = finish(exchange, ticket)
         ids = ids.long()
@@ -324,10 +334,12 @@ def start_combine(expert_output: torch.Tensor, metadata: DispatchMetadata) -> Di
     """
     link = metadata.link
     for hop in reversed(metadata.hops[1:]):
-        exchange = Exchange(hop, back=True, wire_dtype=metadata.wire_dtype)
+        exchange = Exchange(hop, back=True, wire_dtype=metadata.wire_dtype, label=metadata.peers.label)
         expert_output, link = finish(exchange, start(exchange, expert_output, after=link))
     offer = partial(metadata.recomputation.offer, metadata.plan) if metadata.recomputation is not None else None
-    metadata.exchange = Exchange(metadata.hops[0], back=True, wire_dtype=metadata.wire_dtype, on_backward=offer)
+    metadata.exchange = Exchange(
+        metadata.hops[0], back=True, wire_dtype=metadata.wire_dtype, on_backward=offer, label=metadata.peers.label
+    )
     metadata.ticket = start(metadata.exchange, expert_output, after=link)
     return metadata
 

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 
+from .backend import label_calls
+
 
 @dataclass(frozen=True)
 class Route:
@@ -116,12 +118,14 @@ class Exchange:
         back (`bool`): False spreads (dispatch), True collects (combine).
         wire_dtype (`torch.dtype`, *optional*): dtype of the first column under way; its own when left out.
         on_backward (callable, *optional*): called when the backward of this exchange begins.
+        label (`str`, *optional*): where in the model this is, for the backend's errors.
     """
 
     route: Route
     back: bool = False
     wire_dtype: torch.dtype | None = None
     on_backward: Any = None
+    label: str | None = None
     _columns: tuple[tuple[int, torch.dtype], ...] = ()
     _flight: _Flight | None = None
     _traced: tuple[torch.Tensor, ...] = ()
@@ -144,6 +148,7 @@ class Exchange:
         num_received = sum(recv_sizes)
         received = rows.new_empty(num_received + back, rows.size(1))
         received[num_received:] = 0
+        label_calls(route.group, self.label)
         work = dist.all_to_all_single(
             received[:num_received], rows, recv_sizes, send_sizes, group=route.group, async_op=True
         )

@@ -158,6 +158,7 @@ class _GroupResources:
     node_group: Any
     topology: NodeTopology
     rank: int
+    num_layers: int = 0
     cost: CostModel | None = None
 
 
@@ -226,7 +227,9 @@ class LocMoeEP(EPImplementation):
             device = torch.device(device.type, torch.accelerator.current_device_index())
         resources = self.resources
         topology = resources.topology.with_experts(self.num_experts)
-        self.peers = Peers(topology, resources.rank, resources.group, resources.node_group, device)
+        label = f"MoE layer {resources.num_layers}"
+        resources.num_layers += 1
+        self.peers = Peers(topology, resources.rank, resources.group, resources.node_group, device, label)
         self._slices: int | None = None  # what "auto" came to
         self._choices: tuple[FanOut, int] | None = None
         self._recomputation = Recomputation()
@@ -241,11 +244,10 @@ class LocMoeEP(EPImplementation):
                 .to_local()
                 for tensor in (hidden_states, top_k_index, top_k_weights)
             )
-        is_training = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
         # Without fixed shapes there are sizes to read back, so nothing to compile: one clean break of the graph.
-        has_fixed_shapes = is_training and self.options.capacity_factor is not None
+        has_fixed_shapes = self.experts.training and self.options.capacity_factor is not None
         exchange = self._exchange if has_fixed_shapes else self._exchange_in_eager
-        output = exchange(hidden_states, top_k_index, top_k_weights, is_training)
+        output = exchange(hidden_states, top_k_index, top_k_weights)
         if self.tp_mesh.size() > 1:
             output = DTensor.from_local(
                 output.contiguous(),
@@ -256,9 +258,14 @@ class LocMoeEP(EPImplementation):
             ).full_tensor()
         return output
 
-    def _exchange(self, hidden_states, top_k_index, top_k_weights, is_training: bool):
+    def _exchange(self, hidden_states, top_k_index, top_k_weights):
         peers = self.peers
-        plan = None if torch.compiler.is_compiling() else self._recomputation.take(top_k_index)
+        # Not whether gradients are on: a reentrant checkpoint runs its first forward without, and the second must agree.
+        is_training = self.experts.training
+        # Its backward ends in the dispatch's, so an offered plan is withdrawn for certain.
+        has_backward = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+        recomputation = None if torch.compiler.is_compiling() else self._recomputation
+        plan = recomputation.take(top_k_index) if recomputation is not None else None
         if plan is None:
             plan = plan_dispatch(
                 top_k_index.long(),
@@ -276,7 +283,7 @@ class LocMoeEP(EPImplementation):
             peers,
             self._run_padded_experts if plan.is_padded else self._run_experts,
             _WIRE_DTYPES.get(self.options.wire_dtype),
-            self._recomputation if is_training and not torch.compiler.is_compiling() else None,
+            recomputation if has_backward else None,
         )
 
     _exchange_in_eager = torch.compiler.disable(_exchange)
