@@ -50,10 +50,10 @@ def sequence_losses(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch
 
 
 def perplexity_from_losses(prediction: EvalPrediction) -> dict[str, float]:
-    """Token-weighted loss and perplexity of the sequences that `sequence_losses` summed up."""
+    """Token-weighted perplexity of the sequences that `sequence_losses` summed up."""
     nll, num_tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
     loss = nll / num_tokens
-    return {"lm_loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "num_tokens": int(num_tokens)}
+    return {"perplexity": math.exp(loss) if loss < 700 else math.inf, "num_tokens": int(num_tokens)}
 
 
 def sample_blocks(blocks: Documents, count: int, seed: int) -> Dataset:
@@ -77,7 +77,7 @@ class LossOnTheBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
         if "eval_perplexity" in logs:
             self.training_bar.write(
-                f"step {state.global_step}: validation loss {logs['eval_lm_loss']:.4f}, "
+                f"step {state.global_step}: validation loss {math.log(logs['eval_perplexity']):.4f}, "
                 f"perplexity {logs['eval_perplexity']:.2f}"
             )
 
@@ -105,8 +105,8 @@ def train_and_report(
         train_sample_size (`int`): Training samples on which the final training perplexity is measured.
 
     Returns:
-        `dict[str, float]`: `train_perplexity`, `train_lm_loss`, and with validation data `eval_perplexity`,
-        `eval_lm_loss`, beside the Trainer's own figures.
+        `dict[str, float]`: `train_perplexity` and, with validation data, `eval_perplexity`, beside the Trainer's own
+        figures, of which `train_loss` is the mean over the run, router losses included.
 
     Raises:
         ValueError: If a stream comes without `max_steps`.
@@ -137,9 +137,7 @@ def train_and_report(
     metrics = trainer.train(resume_from_checkpoint=resume).metrics
     trainer.save_model()
     sample = sample_blocks(train, train_sample_size, args.seed)
-    sample_metrics = trainer.evaluate(sample, metric_key_prefix="train_sample")
-    metrics["train_lm_loss"] = sample_metrics["train_sample_lm_loss"]
-    metrics["train_perplexity"] = sample_metrics["train_sample_perplexity"]
+    metrics["train_perplexity"] = trainer.evaluate(sample, metric_key_prefix="train_sample")["train_sample_perplexity"]
     if validation is not None:
         metrics |= trainer.evaluate()
     trainer.save_metrics("all", metrics, combined=False)
@@ -148,7 +146,8 @@ def train_and_report(
     if trainer.is_world_process_zero():
         print(f"\n{'':12}{'loss':>9}{'perplexity':>13}")
         for part, name in (("train", "training"), ("eval", "validation")):
-            if f"{part}_perplexity" in metrics:
-                print(f"{name:12}{metrics[f'{part}_lm_loss']:>9.4f}{metrics[f'{part}_perplexity']:>13.2f}")
+            perplexity = metrics.get(f"{part}_perplexity")
+            if perplexity is not None:
+                print(f"{name:12}{math.log(perplexity):>9.4f}{perplexity:>13.2f}")
         print(f"model, tokenizer and log in {Path(args.output_dir)}")
     return metrics

@@ -127,7 +127,7 @@ def test_the_perplexity_of_a_checkpoint_is_that_of_its_run(checkpoint, trained, 
     run = {"model_name_or_path": checkpoint, "eval_file": text_dir / "validation.jsonl", "block_size": 16}
     result = evaluate_perplexity.main(options(**run, batch_size=3, output_file=tmp_path / "result.json"))
     metrics = trained[1]
-    assert_close(result["loss"], metrics["eval_lm_loss"])
+    assert_close(result["perplexity"], metrics["eval_perplexity"])
     assert result["num_tokens"] == metrics["eval_num_tokens"]
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert f"perplexity {math.exp(result['loss']):.2f}" in capsys.readouterr().out
