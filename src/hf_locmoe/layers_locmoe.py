@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+One layer of the LocMoE decoder: rotary attention, and a dense feed-forward network or a mixture of experts.
+
+Shapes: B = batch size, Q = sequence length, T = B * Q, d = hidden_size, n = num_experts, k = num_experts_per_tok,
+S = len(RouterStat).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
+
+from .configuration_locmoe import LocMoeConfig
+from .moe.baseline_gates import HashGate, SwitchGate
+from .moe.experts import LocMoeExperts, LocMoeGatedExperts
+from .moe.gate import LocMoeGate
+from .moe.overflow import CapacityRule, limit_to_capacity
+from .moe.routing import Router, router_statistics
+
+
+GATES: dict[str, type[Router]] = {"locmoe": LocMoeGate, "switch": SwitchGate, "hash": HashGate}
+
+
+class LocMoeMLP(nn.Module):
+    """A dense feed-forward network with the experts' activation, gated or not."""
+
+    def __init__(self, config: LocMoeConfig, intermediate_size: int):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False) if config.gated_mlp else None
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(hidden_states)
+        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
+        return self.down_proj(inner)
+
+
+class LocMoeSparseMoeBlock(nn.Module):
+    """Gate, capacity, experts; `forward` returns the (B, Q, d) output and, if asked, the layer's statistics."""
+
+    def __init__(self, config: LocMoeConfig, layer_idx: int):
+        super().__init__()
+        self.gate = GATES[config.gate_type](config, layer_idx)
+        self.capacity_rule = CapacityRule(config)
+        self.capacity_overflow = config.capacity_overflow
+        self.experts = (LocMoeGatedExperts if config.gated_mlp else LocMoeExperts)(config)
+        self.shared_experts = None
+        if config.num_shared_experts:
+            self.shared_experts = LocMoeMLP(config, config.num_shared_experts * config.moe_intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        domain_ids: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        output_router_stats: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        tokens = hidden_states.flatten(0, 1)
+        input_ids, domain_ids, token_mask = (
+            None if ids is None else ids.flatten() for ids in (input_ids, domain_ids, token_mask)
+        )
+        logits, weights, wanted = self.gate(tokens, input_ids, domain_ids)
+        index, dropped, rerouted = wanted, None, None
+        capacity = self.capacity_rule.capacity(tokens.shape[0])
+        if capacity is not None:
+            index, weights, dropped, rerouted = limit_to_capacity(
+                wanted, weights, logits, capacity, self.capacity_overflow, token_mask
+            )
+        self.experts.expert_capacity = capacity
+        output = self.experts(tokens, index, weights.to(tokens.dtype))
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(tokens)
+        output = output.view_as(hidden_states)
+        if not output_router_stats:
+            return (output,)
+        quantile = self.capacity_rule.quantile if self.capacity_rule.measures_cosines else None
+        stats = router_statistics(self.gate, tokens, logits, wanted, token_mask, dropped, rerouted, quantile)
+        if not getattr(self.gate, "uses_centering", False):
+            return output, stats
+        with torch.no_grad():
+            counted = tokens.float() if token_mask is None else tokens.float() * token_mask.unsqueeze(-1)
+            return output, stats, counted.sum(dim=0)
+
+
+class LocMoeAttention(nn.Module):
+    """Grouped-query attention with rotary positions; q/k norm over a head or over the projection, clipping on request."""
+
+    def __init__(self, config: LocMoeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_size = config.num_attention_heads * self.head_dim
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        if config.qk_norm is not None:
+            per_head = config.qk_norm == "head"
+            self.q_norm = LlamaRMSNorm(self.head_dim if per_head else query_size, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim if per_head else key_value_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        per_head = (*input_shape, -1, self.head_dim)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.config.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.config.clip_qkv is not None:
+            clip = self.config.clip_qkv
+            query, key, value = (states.clamp(-clip, clip) for states in (query, key, value))
+        query, key, value = query.view(per_head), key.view(per_head), value.view(per_head)
+        if self.config.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.config.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+
+
+class LocMoeDecoderLayer(GradientCheckpointingLayer):
+    """
+    Attention and feed-forward. `forward` returns the hidden states, and from a MoE layer that was asked for statistics a
+    tuple `(hidden_states, router_stats)` or `(hidden_states, router_stats, router_hidden_sum)`: they are outputs of the
+    layer, so activation checkpointing of either kind neither loses their gradient nor counts them twice.
+    """
+
+    def __init__(self, config: LocMoeConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = LocMoeAttention(config, layer_idx)
+        self.is_sparse = layer_idx in config.sparse_layers
+        self.mlp = (
+            LocMoeSparseMoeBlock(config, layer_idx) if self.is_sparse else LocMoeMLP(config, config.intermediate_size)
+        )
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        input_ids: torch.Tensor | None = None,
+        domain_ids: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        output_router_stats: bool = False,
+        **kwargs,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        attn_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attn_output
+        normed = self.post_attention_layernorm(hidden_states)
+        if not self.is_sparse:
+            return hidden_states + self.mlp(normed)
+        output, *statistics = self.mlp(normed, input_ids, domain_ids, token_mask, output_router_stats)
+        hidden_states = hidden_states + output
+        return (hidden_states, *statistics) if statistics else hidden_states
+
+
+__all__ = ["LocMoeAttention", "LocMoeDecoderLayer", "LocMoeMLP", "LocMoeSparseMoeBlock"]
