@@ -49,6 +49,7 @@ class Run:
     accumulation: int = 1
     timeout_s: float = 120.0
     layout: str = "spread"
+    backend: str = "gloo"
     output: str = ""
 
     def config(self) -> PreTrainedConfig:
@@ -110,7 +111,7 @@ def main() -> None:
     run = Run(**json.loads(Path(sys.argv[1]).read_text()))
     torch.set_num_threads(1)
     register()  # `import torch` does it where the package is installed, not where it only is on the path
-    dist.init_process_group("gloo", timeout=timedelta(seconds=run.timeout_s))
+    dist.init_process_group(run.backend, timeout=timedelta(seconds=run.timeout_s))
     trained = train(run)
     if dist.get_rank() == 0:
         torch.save(trained, run.output)
