@@ -327,7 +327,7 @@ def _compare(plans):
     return compared
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.many_ranks)])
 def test_every_collective_gives_what_gloo_gives(world_size):
     results = run_ranks(_compare, world_size, ("flat", "two_level", "auto"), env=TWO_NODES, timeout_s=120)
     assert min(results) > 200

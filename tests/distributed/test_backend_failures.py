@@ -3,6 +3,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -163,6 +165,35 @@ def test_the_future_of_a_failed_exchange_raises():
     caught, message = outcome[0]
     assert caught is not None
     assert "rank 1 (node 0)" in message
+
+
+def _end_with_an_exchange_under_way():
+    """In a process of its own, so that it ends as scripts do: without destroying its groups."""
+    if dist.get_rank() == 0:
+        dist.barrier()
+        return None
+    code = (
+        "import os, torch, torch.distributed as dist; import hf_locmoe.distributed;"
+        "from hf_locmoe.distributed.backend import LocMoeBackendOptions;"
+        "store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False);"
+        "dist.init_process_group('locmoe', store=dist.PrefixStore('own', store), rank=int(os.environ['RANK']) - 1,"
+        " world_size=4, pg_options=LocMoeBackendOptions(plan='two_level', timeout_s=60.0));"
+        "dist.barrier();"
+        "works = [] if dist.get_rank() == 3 else"
+        " [dist.all_to_all_single(torch.zeros(4), torch.zeros(4), async_op=True)];"
+        "dist.get_rank() == 3 and __import__('time').sleep(4);"
+        "raise SystemExit(7)"
+    )
+    started = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code], timeout=50, capture_output=True, text=True)
+    dist.barrier()
+    return ended.returncode, time.monotonic() - started, ended.stderr[-2000:]
+
+
+def test_a_process_ends_with_an_exchange_under_way():
+    """A rank that raises must go, although its exchange still waits for the others: its end is what they notice."""
+    _, *ends = run_ranks(_end_with_an_exchange_under_way, 5, env=TWO_NODES, timeout_s=100)
+    assert [code for code, *_ in ends] == [7] * 4, ends
 
 
 def _use_a_fork():

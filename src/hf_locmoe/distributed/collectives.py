@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 
 import torch
@@ -20,7 +19,7 @@ from .counters import TrafficLog
 from .exchange_plans import Plan, domain_plan, two_level_plan
 from .failure import Call, FailureDesk
 from .topology import NodeTopology
-from .work import DoneWork, EventWork, ThreadWork, WatchedWork
+from .work import DoneWork, EventWork, TaskThread, ThreadWork, WatchedWork
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ class GroupwiseAllToAll:
         self._name = name
         self._members = {"group": inner}
         self._tables: dict[str, PlanTable] = {}
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: TaskThread | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._two_level = topology.is_rectangular and topology.num_nodes > 1 and topology.node_sizes[0] > 1
         same_node = topology.same_node(rank)
@@ -106,7 +105,7 @@ class GroupwiseAllToAll:
     def stop(self) -> None:
         """Drops what has not begun."""
         if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._thread.close()
             self._thread = None
 
     def all_to_all_single(self, output, input, output_split_sizes, input_split_sizes, *args, **kwargs):
@@ -204,7 +203,7 @@ class GroupwiseAllToAll:
         device = result[0].device
         if device.type == "cpu":
             if self._thread is None:
-                self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"locmoe-{self._name}")
+                self._thread = TaskThread(f"locmoe-{self._name}")
             return WatchedWork(ThreadWork(self._thread.submit(exchange), result), call, self._desk)
         stream = self._streams.setdefault(device, torch.cuda.Stream(device))
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -217,6 +216,7 @@ class GroupwiseAllToAll:
 
     @torch.no_grad()
     def _carry_out(self, steps: Plan, collective: str) -> None:
+        thread = self._thread
         for step in steps:
             group = self._group_of(step.where)
             if step.gather:
@@ -227,7 +227,11 @@ class GroupwiseAllToAll:
                 self._count(collective, step.where, step.send, step.send_counts or [])
                 counts = (step.receive_counts or [], step.send_counts or [])
                 work = _native_all_to_all(group, step.receive, step.send, *counts)
-            if work is not None:
+            if work is None:
+                continue
+            if step.send.device.type == "cpu" and thread is not None:
+                thread.wait(work, self._desk.glance)
+            else:
                 work.wait()
 
     @property

@@ -8,6 +8,8 @@ and `get_future` of a Python work only, so these two carry everything that matte
 
 from __future__ import annotations
 
+import atexit
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -84,6 +86,56 @@ class EventWork(DoneWork):
             self.wait()
             future.set_result(self._result)
         return future
+
+
+class TaskThread:
+    """
+    Runs tasks one after another on a thread that does not keep a process from ending: one that lingered, waiting for
+    peers, would hide its end from them.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.closing = False
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def submit(self, task: Callable[[], None]) -> ThreadFuture:
+        future: ThreadFuture = ThreadFuture()
+        self._tasks.put((future, task))
+        return future
+
+    def wait(self, work: dist.Work, glance: timedelta) -> None:
+        """Waits inside a task: for the work, or for the end of the thread."""
+        while True:
+            try:
+                work.wait(glance)
+                return
+            except RuntimeError:
+                if work.is_completed() or self.closing:
+                    raise
+
+    def close(self) -> None:
+        """Drops what has not begun, and lets a task that waits end at its next glance."""
+        atexit.unregister(self.close)
+        self.closing = True
+        self._tasks.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        while (entry := self._tasks.get()) is not None:
+            future, task = entry
+            if self.closing:
+                future.set_exception(RuntimeError("the process group was shut down before this exchange began"))
+                continue
+            try:
+                task()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
 
 
 class ThreadWork(dist.Work):
