@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -156,13 +157,16 @@ def prepare_output_dir(training_args: TrainingArguments, overwrite: bool) -> Non
 
 
 def run_as_script(main: Callable[[], object]) -> None:
-    """Runs a recipe's `main`; a user's mistake ends it with one line in place of a traceback.
+    """Runs a recipe's `main`; a mistake found before training ends it with one line in place of a traceback.
 
-    `RECIPES_TRACEBACK=1` in the environment keeps the traceback.
+    What goes wrong inside the Trainer keeps its traceback, and so does everything with `RECIPES_TRACEBACK=1` in the
+    environment.
     """
     try:
         main()
-    except ValueError as error:
-        if os.environ.get("RECIPES_TRACEBACK") == "1":
+    except (ValueError, OSError) as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        in_training = any(frame.f_globals.get("__name__") == "transformers.trainer" for frame, _ in frames)
+        if in_training or os.environ.get("RECIPES_TRACEBACK") == "1":
             raise
         sys.exit(f"error: {error}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments
 
 from arguments import parse_recipe, prepare_output_dir, run_as_script
 
@@ -134,3 +135,14 @@ def test_a_user_s_mistake_is_one_line(monkeypatch):
     monkeypatch.setenv("RECIPES_TRACEBACK", "1")
     with pytest.raises(ValueError, match="`rate`"):
         run_as_script(main)
+
+
+def test_what_goes_wrong_in_training_keeps_its_traceback(tmp_path, monkeypatch):
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            raise ValueError("shapes differ")
+
+    monkeypatch.delenv("RECIPES_TRACEBACK", raising=False)
+    trainer = Trainer(Broken(), training_args(tmp_path), train_dataset=[{"x": 1}])
+    with pytest.raises(ValueError, match="shapes differ"):
+        run_as_script(trainer.train)

@@ -5,11 +5,11 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainingArguments
 
 import finetune
 import pretrain
-from accelerate.commands.config.config_args import load_config_from_file
 from arguments import parse_recipe
 from demo import dense_overrides
 from hf_locmoe import LocMoeConfig
