@@ -4,6 +4,8 @@ parameters after two steps."""
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -152,9 +154,12 @@ def recompute_with_other_routing():
         if name.endswith("mlp.gate"):
             module.register_forward_hook(lambda module, inputs, output: flip_when_recomputed(calls, module, output))
     input_ids = batches(variant, 4, 0)[dist.get_rank()]
-    model(input_ids, labels=input_ids).loss.backward()
+    loss = model(input_ids, labels=input_ids).loss
+    with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchanges:
+        loss.backward()
     assert set(calls.values()) == {2}
-    return all(torch.isfinite(p.grad.to_local()).all().item() for p in model.parameters() if p.grad is not None)
+    assert all(torch.isfinite(p.grad.to_local()).all() for p in model.parameters() if p.grad is not None)
+    return exchanges.call_count
 
 
 def flip_when_recomputed(calls, module, output):
@@ -163,8 +168,11 @@ def flip_when_recomputed(calls, module, output):
     return (logits, weights, index if calls[module] == 1 else (index + 1) % 4)
 
 
-def test_recomputation_uses_the_first_routing():
-    assert run_ranks(recompute_with_other_routing, 4, env={"LOCMOE_RANKS_PER_NODE": "2"}) == [True] * 4
+def test_recomputation_uses_the_first_routing_and_sends_nothing_back():
+    # In each of two layers: two slices of two hops, for the combine's backward, the recomputed dispatch and its backward.
+    # No counts, and no outputs that nobody needs.
+    expected = 2 * (2 * 2) * 3
+    assert run_ranks(recompute_with_other_routing, 4, env={"LOCMOE_RANKS_PER_NODE": "2"}) == [expected] * 4
 
 
 # ---- compilation ----------------------------------------------------------------------------------------------------

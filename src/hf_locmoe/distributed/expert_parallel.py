@@ -266,6 +266,7 @@ class LocMoeEP(EPImplementation):
         has_backward = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
         recomputation = None if torch.compiler.is_compiling() else self._recomputation
         plan = recomputation.take(top_k_index) if recomputation is not None else None
+        is_recomputed = plan is not None
         if plan is None:
             plan = plan_dispatch(
                 top_k_index.long(),
@@ -284,6 +285,7 @@ class LocMoeEP(EPImplementation):
             self._run_padded_experts if plan.is_padded else self._run_experts,
             _WIRE_DTYPES.get(self.options.wire_dtype),
             recomputation if has_backward else None,
+            is_recomputed,
         )
 
     _exchange_in_eager = torch.compiler.disable(_exchange)

@@ -39,6 +39,7 @@ def run_sliced(
     experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     wire_dtype: torch.dtype | None = None,
     recomputation: Recomputation | None = None,
+    is_recomputed: bool = False,
 ) -> torch.Tensor:
     """
     Dispatch, experts and combine of one layer, slice by slice.
@@ -51,6 +52,8 @@ def run_sliced(
         experts (callable): `(tokens (R, d), local expert ids (R, 1), weights (R, 1)) -> weighted outputs (R, d)`.
         wire_dtype (`torch.dtype`, *optional*): dtype under way.
         recomputation (`Recomputation`, *optional*): where the plan waits in backward, for activation checkpointing.
+        is_recomputed (`bool`): whether a checkpoint runs this forward again. Then nothing returns before the last slice
+            is computed: where nothing after the layer is needed, the checkpoint stops there and nothing returns at all.
 
     Returns:
         `torch.Tensor` of shape `(T, d)`.
@@ -63,11 +66,14 @@ def run_sliced(
     def send(index: int):
         return start_dispatch(states[index], weights[index], plan, index, peers, wire_dtype, recomputation)
 
-    under_way, returning = send(0), []
+    under_way, computed, returning = send(0), [], []
     for index in range(num_slices):
         current, under_way = under_way, send(index + 1) if index + 1 < num_slices else None
         tokens, _, metadata = finish_dispatch(current)
-        returning.append(start_combine(experts(tokens, metadata.expert_ids, metadata.weights), metadata))
+        computed.append((experts(tokens, metadata.expert_ids, metadata.weights), metadata))
+        if not is_recomputed or under_way is None:
+            returning += [start_combine(*result) for result in computed]
+            computed.clear()
     outputs = [finish_combine(metadata) for metadata in returning]
     return outputs[0] if num_slices == 1 else torch.cat(outputs)
 
