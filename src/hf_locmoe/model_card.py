@@ -80,7 +80,7 @@ def build_model_card(
     metrics: Mapping[str, float] | None = None,
     datasets: str | Sequence[str] | None = None,
     *,
-    architecture: str | None = None,
+    architecture: str | type[nn.Module] | None = None,
     model_id: str | None = None,
     evaluation_data: Mapping[str, str] | None = None,
     language: str | Sequence[str] | None = None,
@@ -99,8 +99,8 @@ def build_model_card(
         metrics (`Mapping[str, float]`, *optional*): Measured values by name ("perplexity", "accuracy", ...); those that
             telemetry names `routing/...` get a table of their own. Values that are not finite are left out.
         datasets (`str` or `Sequence[str]`, *optional*): Hub names of the data the model was trained on.
-        architecture (`str`, *optional*): Name of the model class; `config.architectures` if not given, else the causal
-            language model.
+        architecture (`str` or `type`, *optional*): The model class, one of ours or made from one, or its name;
+            `config.architectures` if not given, else the causal language model.
         model_id (`str`, *optional*): Hub name or folder of the checkpoint.
         evaluation_data (`Mapping[str, str]`, *optional*): What the metrics were measured on: `name`, and `type` (Hub
             name), `config`, `split` where known. With `name` and `type` the metrics become the card's `model-index`.
@@ -201,13 +201,16 @@ def is_generated(text: str) -> bool:
     return _METADATA.sub("", text).split() == untouched.text.split()
 
 
-def _model_class(config: LocMoeConfig, architecture: str | None) -> type[nn.Module]:
-    name = architecture or (config.architectures or [LocMoeForCausalLM.__name__])[0]
-    name = name.removeprefix("FSDP")  # what fully_shard puts before the class's name
+def _model_class(config: LocMoeConfig, architecture: str | type[nn.Module] | None) -> type[nn.Module]:
     by_name = {model_class.__name__: model_class for model_class in _TASKS}
-    if name not in by_name:
-        raise ValueError(f"`architecture` ({name!r}) must be one of {', '.join(by_name)}.")
-    return by_name[name]
+    if isinstance(architecture, type):
+        names = [base.__name__ for base in architecture.__mro__]
+    else:
+        names = [architecture or (config.architectures or [LocMoeForCausalLM.__name__])[0]]
+    known = [by_name[name] for name in names if name in by_name]
+    if not known:
+        raise ValueError(f"`architecture` ({names[0]!r}) must be one of {', '.join(by_name)}, or made from one.")
+    return known[0]
 
 
 def _architecture_table(config: LocMoeConfig, model_class: type[nn.Module]) -> dict[str, str]:

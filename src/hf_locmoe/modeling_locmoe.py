@@ -143,7 +143,7 @@ class LocMoePreTrainedModel(ParallelRunMixin, SafePretrainedMixin, PreTrainedMod
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         # the last step of `PushToHubMixin.push_to_hub`, which has just put a card into the folder
         if self.model_card_writer is not None:
-            self.model_card_writer(working_dir, self.config, architecture=type(self).__name__, model_id=repo_id)
+            self.model_card_writer(working_dir, self.config, architecture=type(self), model_id=repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @property

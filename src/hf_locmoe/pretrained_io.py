@@ -159,7 +159,7 @@ class SafePretrainedMixin(_PreTrainedModel):
                 if not card.exists():
                     create_and_tag_model_card(repo_id, self.model_tags, token=token).save(card)
                     if (write_card := getattr(self, "model_card_writer", None)) is not None:
-                        write_card(save_directory, self.config, architecture=type(self).__name__, model_id=repo_id)
+                        write_card(save_directory, self.config, architecture=type(self), model_id=repo_id)
                 files = [*written, card.name]
                 upload_folder(repo_id=repo_id, folder_path=save_directory, allow_patterns=files, token=token, **commit)
         # once more after the files are in place: no rank reads what is still being moved in

@@ -130,6 +130,13 @@ def test_task_and_parameter_counts_are_the_models(model_class, auto_class, pipel
     assert f"| parameters used for a token | {total - 2 * 2 * expert:,} |" in card.text  # two layers, two idle experts
 
 
+def test_a_class_made_from_ours_is_told_as_ours():
+    class Mine(LocMoeForTokenClassification):
+        pass
+
+    assert _metadata(build_model_card(_config(), architecture=Mine))["pipeline_tag"] == "token-classification"
+
+
 @pytest.mark.parametrize(
     "overrides, text",
     [

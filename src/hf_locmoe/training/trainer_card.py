@@ -37,7 +37,7 @@ def facts_of_run(args, state, model) -> dict[str, Any]:
         `dict`: Arguments of [`~hf_locmoe.model_card.build_model_card`]: `metrics` of the evaluation that the final weights
         had, `training`, `hardware` and `date`. Only what is known.
     """
-    facts: dict[str, Any] = {"architecture": type(model).__name__}
+    facts: dict[str, Any] = {"architecture": type(model)}
     metrics = _final_evaluation(args, state)
     if isinstance(model, LocMoeForCausalLM) and "loss" in metrics and "perplexity" not in metrics:
         metrics = {"perplexity": math.exp(min(metrics["loss"], 700.0)), **metrics}
@@ -110,7 +110,7 @@ class ModelCardCallback(TrainerCallback):
         if isinstance(model, LocMoePreTrainedModel) and args.should_save and state.is_world_process_zero:
             try:
                 write_model_card(args.output_dir, model.config, **facts_of_run(args, state, model))
-            except OSError as error:  # a card is no reason to lose a run
+            except (OSError, ValueError) as error:  # a card is no reason to lose a run
                 logger.warning(f"The model card was not written to {args.output_dir}: {error}.")
 
 

@@ -48,6 +48,13 @@ def test_a_run_leaves_a_card_with_its_measured_values(tmp_path):
     assert "| hardware | CPU |" in text
 
 
+def test_a_card_that_cannot_be_made_does_not_stop_the_run(tmp_path):
+    (tmp_path / CARD_NAME).write_text(f"---\nlanguage: not a language\n---\n{OUR_MARK}\n-->\n")
+    trainer = _trainer(_model(), tmp_path)
+    trainer.train()
+    assert "not a language" in (tmp_path / CARD_NAME).read_text()
+
+
 def test_create_model_card_takes_what_the_caller_knows(tmp_path):
     trainer = _trainer(_model(), tmp_path)
     trainer.train()
@@ -138,7 +145,7 @@ def test_the_evaluation_is_that_of_the_final_weights(tmp_path):
 
 def test_nothing_is_claimed_of_a_run_that_has_not_happened(tmp_path):
     trainer = _trainer(_model(), tmp_path)
-    assert facts_of_run(trainer.args, trainer.state, trainer.model) == {"architecture": "LocMoeForCausalLM"}
+    assert facts_of_run(trainer.args, trainer.state, trainer.model) == {"architecture": LocMoeForCausalLM}
 
 
 def test_the_adapter_is_put_on_once_and_fails_where_upstream_changed(monkeypatch):
