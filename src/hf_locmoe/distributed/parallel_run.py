@@ -220,7 +220,7 @@ def _spreading(name: str, original: Callable) -> Callable:
             return original(cls, *args, **kwargs)
         return getattr(for_parallel_run(cls), name)(*args, **kwargs)
 
-    build._spreads_models = True
+    build._spreads_models = True  # type: ignore[attr-defined]
     return build
 
 

@@ -44,6 +44,8 @@ class HashGate(Router):
     PanGu-Sigma.
     """
 
+    expert_of_token: torch.Tensor
+
     def __init__(self, config, layer_idx: int | None = None):
         super().__init__(config, layer_idx)
         self.vocab_size = config.vocab_size
