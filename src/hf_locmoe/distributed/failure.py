@@ -64,6 +64,7 @@ class FailureDesk:
 
     def __init__(self, store, rank: int, topology: NodeTopology, timeout_s: float) -> None:
         self._store = store
+        self._own_store: Any = None
         self._asker = _Asker()
         self._rank = rank
         self._topology = topology
@@ -90,7 +91,7 @@ class FailureDesk:
     def alarm_raised(self) -> bool:
         """Whether another rank of the group gave up. One round trip to the store."""
         try:
-            return self._asker.ask(lambda: self._store.check([_ALARM]), self.glance_s)
+            return self._asker.ask(lambda: self._connect().check([_ALARM]), self.glance_s)
         except _NoAnswerError:
             return False  # perhaps the link comes back: this rank's own patience decides
         except RuntimeError:
@@ -165,18 +166,25 @@ class FailureDesk:
             f"rank saw: {cause}"
         )
 
+    def _connect(self):
+        """A connection of our own: a thread that waits in the group's for a key keeps everybody else from using it."""
+        if self._own_store is None:
+            self._own_store = self._store.clone()
+        return self._own_store
+
     def _exchange_reports(self, report: Report, heard: dict[int, Report | None]) -> None:
         """Fills in what the store says of each other rank, `None` as long as it has no report."""
-        self._store.set(f"{_REPORT}/{self._rank}", json.dumps(report))
-        self._store.set(_ALARM, "")
+        store = self._connect()
+        store.set(f"{_REPORT}/{self._rank}", json.dumps(report))
+        store.set(_ALARM, "")
         waiting = set(range(self._topology.num_ranks)) - {self._rank}
         give_up_at = time.monotonic() + self.grace_s
         while waiting and time.monotonic() < give_up_at:
             for rank in sorted(waiting):
-                has_report = self._store.check([f"{_REPORT}/{rank}"])
+                has_report = store.check([f"{_REPORT}/{rank}"])
                 heard.setdefault(rank, None)
                 if has_report:
-                    call, *rest = json.loads(self._store.get(f"{_REPORT}/{rank}"))
+                    call, *rest = json.loads(store.get(f"{_REPORT}/{rank}"))
                     heard[rank] = Report(Call(*call), *rest)
                     waiting.remove(rank)
             if waiting:

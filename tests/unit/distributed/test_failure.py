@@ -105,6 +105,9 @@ def test_a_store_that_is_gone():
 
         check = set
 
+        def clone(self):
+            return self
+
     desk = FailureDesk(GoneStore(), 1, NodeTopology.from_ranks_per_node(2, num_ranks=2), 1.0)
     message = str(desk.explain(desk.open_call("barrier"), "boom"))
     assert "The store does not answer either (Broken pipe)" in message
@@ -120,6 +123,9 @@ def test_a_store_beyond_a_cut_link_never_answers():
 
         def check(self, keys):
             return self.set(keys, "")
+
+        def clone(self):
+            return self
 
     desk = FailureDesk(MuteStore(), 1, NodeTopology.from_ranks_per_node(2, num_ranks=2), 1.0)
     assert not desk.alarm_raised()
