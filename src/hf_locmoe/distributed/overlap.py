@@ -100,7 +100,9 @@ class CostModel:
         """Times a few exchanges and one matrix product; collective over the group. The slowest rank counts."""
         same_node = peers.topology.same_node(peers.rank)
         device = peers.expert_to_rank.device
-        factors = torch.randn(_PROBE_SIDE, _PROBE_SIDE, device=device)
+        # with random numbers of its own: the run's are the same with and without a measurement
+        generator = torch.Generator(device).manual_seed(0)
+        factors = torch.randn(_PROBE_SIDE, _PROBE_SIDE, device=device, generator=generator)
         seconds = torch.tensor(
             [
                 _exchange_seconds(peers, [0] * peers.num_ranks),
