@@ -212,3 +212,16 @@ def _as_expert_group_only():
 
 def test_as_the_expert_group_only():
     run_ranks(_as_expert_group_only, 4, env=TWO_NODES, timeout_s=60)
+
+
+def _train_experts():
+    from tests.distributed.expert_parallel_runs import Variant, compare
+
+    for options in ({"slices": 2, "fan_out": "node"}, {"slices": 1, "fan_out": "rank"}):
+        variant = Variant({"fsdp_size": 4, "ep_size": 4}, options | {"backend": "locmoe"})
+        compare(variant, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("plan", ["flat", "two_level", "auto"])
+def test_expert_parallel_training_equals_one_process_under_every_plan(plan):
+    run_ranks(_train_experts, 4, env=TWO_NODES | {"LOCMOE_PLAN": plan}, timeout_s=120)
