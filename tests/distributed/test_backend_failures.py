@@ -190,6 +190,7 @@ def _end_with_an_exchange_under_way():
     return ended.returncode, time.monotonic() - started, ended.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_an_exchange_under_way():
     """A rank that raises must go, although its exchange still waits for the others: its end is what they notice."""
     _, *ends = run_ranks(_end_with_an_exchange_under_way, 5, env=TWO_NODES, timeout_s=100)

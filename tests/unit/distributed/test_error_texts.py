@@ -38,7 +38,7 @@ def messages():
                 yield pytest.param(longest, id=f"{module.__name__.rpartition('.')[2]}-{node.lineno}")
 
 
-@pytest.mark.parametrize("phrase", messages())
+@pytest.mark.parametrize("phrase", list(messages()))
 def test_an_error_is_explained(phrase):
     assert phrase in PAGE.read_text(), f"docs/troubleshooting.md does not explain: {phrase}"
 
