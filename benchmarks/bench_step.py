@@ -37,14 +37,15 @@ UNSHAPED = "unshaped"
 
 
 def one_process_losses(setup: Setup) -> list[float]:
-    """The truth: one process takes the same steps on the whole batch, the ranks' parts as micro-batches."""
+    """The truth: one process takes the same steps on the whole batch, in the parts that router losses are taken over."""
     model = build(setup)
     optimizer = workload.optimizer_for(model, setup.lr)
     losses = []
     for batch in setup.batches():
         total = 0.0
-        for part in batch.chunk(setup.world_size):
-            loss = model(input_ids=part, labels=part).loss / setup.world_size
+        parts = batch.chunk(setup.world_size if setup.losses_per_rank else 1)
+        for part in parts:
+            loss = model(input_ids=part, labels=part).loss / len(parts)
             loss.backward()
             total += loss.item()
         optimizer.step()

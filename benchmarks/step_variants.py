@@ -23,6 +23,7 @@ from transformers import OlmoeConfig, PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from benchmarks import workload
+from hf_locmoe import LocMoeConfig
 from hf_locmoe.distributed.expert_parallel import expert_parallel_options
 from hf_locmoe.distributed.layouts import SpreadConfig
 from tests.tolerances import TOLERANCES
@@ -30,7 +31,11 @@ from tests.tolerances import TOLERANCES
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that decides what is computed. Tokens a step and rank: `sequences_per_rank * sequence_length`."""
+    """Everything that decides what is computed. Tokens a step and rank: `sequences_per_rank * sequence_length`.
+
+    Architectures: `olmoe` is transformers' own, `locmoe` the same with our gate, `locmoe-hash` the same with a balanced hash
+    of the token id for a gate, which training does not move: every step has the same, even load.
+    """
 
     nodes: int = 2
     ranks_per_node: int = 2
@@ -52,6 +57,11 @@ class Setup:
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    @property
+    def losses_per_rank(self) -> bool:
+        """Whether router losses are taken over a rank's tokens (transformers' models) or over those of all ranks (ours)."""
+        return self.architecture == "olmoe"
 
     @property
     def steps(self) -> int:
@@ -142,23 +152,28 @@ DEFAULT_VARIANTS = [name for name in VARIANTS if name not in ("c", "b-locmoe")]
 
 
 def model_config(setup: Setup) -> PreTrainedConfig:
-    """The architecture under test, without router losses: upstream computes them per rank, so no layout would agree
-    with one process."""
-    if setup.architecture != "olmoe":
-        raise ValueError(f"`architecture` ({setup.architecture}) must be olmoe.")
-    return OlmoeConfig(
-        vocab_size=setup.vocab_size,
-        hidden_size=setup.hidden_size,
-        intermediate_size=setup.moe_intermediate_size,
-        num_hidden_layers=setup.num_hidden_layers,
-        num_attention_heads=setup.num_attention_heads,
-        num_experts=setup.num_experts,
-        num_experts_per_tok=setup.num_experts_per_tok,
-        max_position_embeddings=setup.sequence_length,
-        pad_token_id=None,
-        eos_token_id=None,
-        use_cache=False,
-    )
+    """The architecture under test, router losses included: without them all tokens of a layer end up on one expert within
+    a few steps."""
+    sizes = {
+        "vocab_size": setup.vocab_size,
+        "hidden_size": setup.hidden_size,
+        "intermediate_size": setup.moe_intermediate_size,
+        "num_hidden_layers": setup.num_hidden_layers,
+        "num_attention_heads": setup.num_attention_heads,
+        "num_experts": setup.num_experts,
+        "num_experts_per_tok": setup.num_experts_per_tok,
+        "max_position_embeddings": setup.sequence_length,
+        "pad_token_id": None,
+        "eos_token_id": None,
+        "use_cache": False,
+    }
+    if setup.architecture == "olmoe":
+        return OlmoeConfig(**sizes, output_router_logits=True)
+    gate_type = {"locmoe": "locmoe", "locmoe-hash": "hash"}.get(setup.architecture)
+    if gate_type is None:
+        raise ValueError(f"`architecture` ({setup.architecture}) must be olmoe, locmoe or locmoe-hash.")
+    # OLMoE in everything but the gate and its losses
+    return LocMoeConfig(**sizes, gate_type=gate_type, gated_mlp=True, hidden_act="silu", qk_norm="full")
 
 
 def build(setup: Setup, variant: Variant | None = None) -> PreTrainedModel:

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Gates, from bfloat16 hidden states to experts, weights and router statistics, beside the time of reading the hidden states.
+
+Shapes: T tokens, d = hidden_size, n = num_experts, k = num_experts_per_tok.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+
+from benchmarks.gpu_timing import copy_bandwidth, timed_graph_us
+from benchmarks.record import Record
+from hf_locmoe import LocMoeConfig
+from hf_locmoe.moe import gate as gate_module
+from hf_locmoe.moe import routing
+from hf_locmoe.moe.baseline_gates import SwitchGate
+from hf_locmoe.moe.gate import LocMoeGate
+from hf_locmoe.moe.gate_kernels import pool_affinity
+from tests.tolerances import assert_close
+
+
+# tokens, d, n, k
+SHAPES = [
+    (16384, 2560, 16, 1),
+    (16384, 4096, 8, 2),
+    (16384, 2048, 64, 8),
+    (16384, 2048, 128, 8),
+    (8192, 7168, 256, 8),
+    (16384, 2000, 48, 1),
+    (16384, 2560, 96, 1),
+]
+COPIES = 3  # inputs to rotate among, so that the cache holds none of them
+
+
+def measure(num_tokens: int, d: int, n: int, k: int, bandwidth: float) -> dict:
+    torch.manual_seed(0)
+    config = LocMoeConfig(hidden_size=d, num_attention_heads=8, num_experts=n, num_experts_per_tok=k)
+    with torch.device("cuda"):
+        pooled, dense = LocMoeGate(config, 0).train(), SwitchGate(config, 0).train()
+        torch.nn.init.normal_(dense.weight, std=0.02)
+    pooled.e_score_correction_bias = torch.zeros(n, device="cuda")
+    dense.e_score_correction_bias = torch.zeros(n, device="cuda")
+    inputs = [torch.randn(num_tokens, d, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(COPIES)]
+
+    def route(gate, x):
+        logits, weights, index = gate(x)
+        return weights, routing.router_statistics(gate, x, logits, index, None)
+
+    def train(gate, x):
+        weights, stats = route(gate, x)
+        leaves = [x, *gate.parameters()]
+        return torch.autograd.grad([weights.sum() + stats[0].square().sum()], leaves)[0]
+
+    def plain(run):
+        with (
+            mock.patch.object(routing, "route_sums", None),
+            mock.patch.object(routing, "top_k_of_router", None),
+            mock.patch.object(gate_module, "pool_affinity", None),
+        ):
+            return run()
+
+    fast, slow = route(pooled, inputs[0]), plain(lambda: route(pooled, inputs[0]))
+    same = (pooled(inputs[0])[2] == plain(lambda: pooled(inputs[0]))[2]).float().mean()
+    if same < 0.999:  # sums in another order turn a near tie now and then
+        raise AssertionError(f"{d}, {n}: the kernel and plain torch choose the same expert for {same:.2%} of the tokens")
+    assert_close(fast[1][0] / num_tokens, slow[1][0] / num_tokens)
+
+    def graphed(run):
+        try:
+            return timed_graph_us([lambda x=x: run(x) for x in inputs])
+        except RuntimeError as error:  # a copy from the host, say
+            print("no graph:", str(error)[:200], flush=True)
+            torch.cuda.synchronize()
+            return ""
+
+    @torch.no_grad()
+    def forward(gate, x):
+        route(gate, x)
+
+    forward_limit = num_tokens * d * 2 / bandwidth * 1e6
+    row = {
+        "shape": f"{d}, {n} experts, top-{k}",
+        "tokens": num_tokens,
+        "limit_us": forward_limit,
+        "pooling": graphed(torch.no_grad()(lambda x: pool_affinity(x, n, True))),
+        "gate": graphed(lambda x: forward(pooled, x)),
+        "gate_only": graphed(torch.no_grad()(lambda x: pooled(x))),
+        "dense": graphed(lambda x: forward(dense, x)),
+        "train": graphed(lambda x: train(pooled, x)),
+        "train_dense": graphed(lambda x: train(dense, x)),
+        "train_limit_us": 3 * forward_limit,
+    }
+    even = d % n == 0
+    row["plain"] = plain(lambda: graphed(lambda x: forward(pooled, x))) if even else ""
+    row["pooling_of_limit"] = row["pooling"].median / forward_limit
+    row["gate_of_limit"] = row["gate"].median / forward_limit
+    row["train_of_limit"] = row["train"].median / (3 * forward_limit)
+    return row
+
+
+def bench_gate() -> Record:
+    bandwidth = copy_bandwidth()
+    rows = []
+    for shape in SHAPES:
+        rows.append(measure(*shape, bandwidth))
+        print(rows[-1], flush=True)
+    return Record(
+        theme="gate",
+        question="How long does the gate take, beside the time of reading the hidden states?",
+        config={"dtype": "bfloat16", "bandwidth_tb_s": bandwidth / 1e12, "inputs_rotated": COPIES},
+        command="python -m benchmarks.bench_gpu --parts gate",
+        rows=rows,
+        columns={
+            "shape": "hidden size, experts",
+            "tokens": "tokens",
+            "limit_us": "memory limit, µs",
+            "pooling": "pooling kernel, µs",
+            "pooling_of_limit": "by the limit",
+            "gate": "gate and statistics, µs",
+            "gate_of_limit": "by the limit",
+            "plain": "the same in plain torch, µs",
+            "dense": "learned dense gate and statistics, µs",
+            "train": "with backward, µs",
+            "train_of_limit": "by its limit",
+            "train_dense": "dense with backward, µs",
+        },
+    )
+
+
+__all__ = ["bench_gate"]
