@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -34,6 +35,17 @@ from benchmarks.step_variants import DEFAULT_VARIANTS, VARIANTS, Setup, Variant,
 # After more steps rounding has grown through the router's choices: a token between two experts goes to the other one.
 CHECKED_STEPS = 10
 UNSHAPED = "unshaped"
+
+ROUTING_NOTES = {
+    "olmoe": [
+        "transformers pools its load-balancing loss over layers, so it does not keep a layer from collapsing: within ten "
+        "steps all tokens of a layer go to one rank here. That rank computes for all, and each exchange fills one direction "
+        "of the link only. `locmoe-hash` is the same model with an even load."
+    ],
+    "locmoe-hash": [
+        "Routing by a balanced hash of the token id: even load, half of the tokens on their own node, every step alike."
+    ],
+}
 
 
 def one_process_losses(setup: Setup) -> list[float]:
@@ -179,7 +191,39 @@ def _compare_with_upstream(
         row[f"ratio {link}"] = statistics.median(a / b for a, b in zip(own, base, strict=True))
 
 
-def report(setup: Setup, links: list[Link], table: list[dict], load: Load, raw: dict, command: str) -> Record:
+def verdicts(links: list[Link], variants: list[Variant], table: list[dict]) -> list[str]:
+    """Per link and dtype on the wire, our fastest way beside upstream's fastest layout: time and bytes."""
+    by_name = {row["variant"]: row for row in table if row["correct"]}
+    lines = []
+    for link in map(str, links):
+
+        def fastest(names: list[str], link: str = link) -> str | None:
+            known = [name for name in names if name in by_name]
+            return min(known, key=lambda name: by_name[name][f"seconds {link}"].median, default=None)
+
+        best = fastest([variant.name for variant in variants if variant.upstream])
+        for dtype in ("float32", "bfloat16"):
+            ours = [v.name for v in variants if v.is_layout and not v.upstream and v.wire_dtype == dtype]
+            own = fastest(ours)
+            if best is None or own is None:
+                continue
+            bytes_ratio = by_name[own][f"sent {link}"] / by_name[best][f"sent {link}"]
+            lines.append(
+                f"{link}, {dtype} on the wire: `{own}` takes {by_name[own][f'ratio {link}']:.2f} of the time of "
+                f"upstream's fastest, `{best}`, and sends {bytes_ratio:.2f} of its bytes."
+            )
+    return lines
+
+
+def report(
+    setup: Setup,
+    links: list[Link],
+    variants: list[Variant],
+    table: list[dict],
+    load: Load,
+    raw: dict,
+    command: str,
+) -> Record:
     columns = {"variant": "", "layout": "layout", "exchange": "expert exchange", "sent_mb": "MB a node sends a step"}
     for link in links:
         columns |= {f"seconds {link}": f"s/step {link} (quartiles)", f"ratio {link}": "to best upstream"}
@@ -198,6 +242,10 @@ def report(setup: Setup, links: list[Link], table: list[dict], load: Load, raw: 
         rows=table,
         columns=columns,
         notes=[
+            *verdicts(links, variants, table),
+            *ROUTING_NOTES.get(setup.architecture, []),
+            "What is left of a step after the bytes and what `alone` takes: weights and gradients exchanged inside a node, "
+            "and waiting for the busiest rank and the busier direction of the link.",
             "Emulated nodes on one machine: the links' rates are real, their latency is not, and all ranks share the "
             "machine's cores. Compare within a column only; differences below some 5 % are noise.",
             "'s for the bytes alone' is bytes over rate: what the link would take if nothing else took time.",
@@ -231,6 +279,8 @@ def main(argv: list[str] | None = None) -> int:
         worker(setup, [VARIANTS[name] for name in args.variants], args.worker)
         return 0
 
+    # so that the cluster is removed after a SIGTERM as it is after Ctrl-C
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     setup = Setup(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Setup)})
     variants = [VARIANTS[name] for name in args.variants]
     links = [Link(None if rate == UNSHAPED else rate) for rate in args.links]
@@ -239,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         measured = measure(setup, variants, links)
     table = rows(setup, variants, links, measured, truth)
     command = " ".join(["python -m benchmarks.bench_step", *(argv if argv is not None else sys.argv[1:])])
-    record = report(setup, links, table, load, {"truth": truth, **measured}, command)
+    record = report(setup, links, variants, table, load, {"truth": truth, **measured}, command)
     print(record.table())
     if not args.dry:
         print(record.write(args.hardware, **({"directory": args.output} if args.output else {})))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 
-from benchmarks.bench_step import CHECKED_STEPS, _merge, largest_difference, main, parse, report, rows
+from benchmarks.bench_step import CHECKED_STEPS, _merge, largest_difference, main, parse, report, rows, verdicts
 from benchmarks.cluster import Link
 from benchmarks.record import Load
 from benchmarks.step_variants import VARIANTS, Setup, Variant
@@ -63,6 +64,18 @@ def test_a_rank_alone_is_measured_and_not_checked():
     assert "loss_difference" not in row
 
 
+def test_the_verdict_compares_time_and_bytes_with_upstreams_fastest():
+    half = dataclasses.replace(OURS, name="half", wire_dtype="bfloat16")
+    by_name = {"a": measured(4.0), "d": measured(2.0), "ours": measured(1.0, sent=5e6), "half": measured(3.0)}
+    variants = [*UPSTREAM, OURS, half, VARIANTS["alone"]]
+    by_name["alone"] = measured(0.1)
+    result = rows(SETUP, variants, [LINK], {str(LINK): by_name}, TRUTH)
+    first, second = verdicts([LINK], variants, result)
+    assert first.startswith("200mbit, float32 on the wire: `ours` takes 0.50 of the time")
+    assert "`d`, and sends 0.20 of its bytes." in first
+    assert "`half` takes 1.50 of the time" in second
+
+
 def test_losses_count_until_rounding_has_grown():
     truth = [1.0] * (CHECKED_STEPS + 1)
     assert largest_difference([[*truth[:-1], 5.0]], truth) == 0
@@ -83,7 +96,7 @@ def test_the_report_marks_what_is_wrong():
     with Load() as load:
         pass
     result = table(a=measured(4.0), d=measured(2.0, losses=[*TRUTH[:4], 2.0]))
-    text = report(SETUP, [LINK], list(result.values()), load, {}, "command").table()
+    text = report(SETUP, [LINK], UPSTREAM, list(result.values()), load, {}, "command").table()
     assert "1.0e+00 WRONG, no speed" in text
     assert "0.0e+00" in text
 
