@@ -78,8 +78,8 @@ class PlanTable:
 
 def measure(plans: tuple[str, ...], run: Callable[[str, int], float]) -> dict[str, dict[int, float]]:
     """
-    Seconds of every plan at every size: flat at its fastest, the others at their slowest, so that no disturbance of the
-    measurement makes a slower plan the choice. The plans take turns.
+    Seconds of every plan at every size: flat at its fastest, the others at their slowest, so that no disturbance of
+    the measurement makes a slower plan the choice. The plans take turns.
 
     Args:
         run (`Callable`): `run(plan, num_bytes) -> seconds`, one exchange of that many bytes.
