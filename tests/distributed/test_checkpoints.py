@@ -59,12 +59,13 @@ def whole_weights(model) -> dict[str, torch.Tensor]:
     }
 
 
-def make_trainer(output_dir, layout="sharded", plugin=None, config=None, arguments=None, callbacks=()):
+def make_trainer(output_dir, layout="sharded", plugin=None, config=None, arguments=None, callbacks=(), wrap=None):
     """On however many ranks this is called, with the same samples in every step."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     LocMoePlugin(layout=layout, **{"slices": "1", **(plugin or {})}).activate()  # "auto" depends on what is measured
     set_seed(3)
     model = AutoModelForCausalLM.from_config(config or tiny_config(**STATEFUL))
+    model = wrap(model) if wrap else model
     options = dict(
         output_dir=str(output_dir),
         per_device_train_batch_size=BATCH // world,
@@ -152,6 +153,55 @@ def test_one_process_goes_on_and_back_to_two(on_two_ranks, tmp_path):
     agrees(run_ranks(train_all, 1, alone)[0][0], losses)
     again = dict(output_dir=tmp_path / "again", resume=str(tmp_path / "checkpoint-6"), **LONGER)
     agrees(run_ranks(train_all, 2, again)[0][0], losses)
+
+
+def train_adapter(output_dir, resume=None):
+    """LoRA of attention alone: every parameter decays, so that a parameter group is empty."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(model):
+        set_seed(5)
+        return get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+
+    losses = Losses()
+    trainer = make_trainer(output_dir, callbacks=[losses], wrap=adapted, **LONGER)
+    trainer.train(resume_from_checkpoint=resume)
+    weights = whole_weights(trainer.model)
+    return losses.values, {name: tensor for name, tensor in weights.items() if "lora_" in name}
+
+
+def test_an_adapter_goes_on_with_another_number_of_ranks(tmp_path):
+    pytest.importorskip("peft", reason="needs peft")
+    two = run_ranks(train_adapter, 2, tmp_path / "two")[0]
+    one = run_ranks(train_adapter, 1, tmp_path / "one", str(tmp_path / "two/checkpoint-4"))[0]
+    agrees(one, two[0])
+    again = run_ranks(train_adapter, 2, tmp_path / "again", str(tmp_path / "one/checkpoint-6"))[0]
+    agrees(again, two[0])
+    assert_close(again[1], two[1])
+
+
+@pytest.mark.slow
+def test_four_ranks_and_two(tmp_path):
+    """Experts on 4 ranks, on 2 with copies that are shards (strided), spread over nodes; then on half as many ranks."""
+    runs = [dict(output_dir=tmp_path / "ep4", **LONGER)]
+    start = str(tmp_path / "ep4" / "checkpoint-4")
+    for name, layout, plugin in [
+        ("ep2", "sharded", dict(ep_size=2)),
+        ("replicated", "replicated", dict(ranks_per_node="2")),
+        ("spread", "spread", dict(ranks_per_node="2")),
+    ]:
+        runs.append(dict(output_dir=tmp_path / name, resume=start, layout=layout, plugin=plugin, **LONGER))
+        later = str(tmp_path / name / "checkpoint-6")
+        runs.append(dict(output_dir=tmp_path / f"{name}-back", resume=later, **LONGER))
+    first, *others = run_ranks(train_all, 4, *runs, timeout_s=240)[0]
+    for other in others:
+        agrees(other, first[0])
+    halved = [
+        dict(output_dir=tmp_path / f"half-{name}", resume=str(tmp_path / name / "checkpoint-6"), **LONGER)
+        for name in ("ep2", "spread")
+    ]
+    for other in run_ranks(train_all, 2, *halved)[0]:
+        agrees(other, first[0])
 
 
 # ---- killed ---------------------------------------------------------------------------------------------------------
