@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from hf_locmoe.distributed.layouts import (
@@ -65,6 +67,38 @@ WITH_TP = dict(dp_replicate_size=2, fsdp_size=1, tp_size=2, ep_size=4)
 )
 def test_spread_layout_equals_one_process(variants):
     run_ranks(compare_spread, 4, variants, env={"LOCMOE_RANKS_PER_NODE": "2"})
+
+
+def shards_of_one_of_many(layout, num_nodes, on_node, num_experts, tp_size):
+    """Builds a layout as the last of many ranks that do not exist: experts it holds, its weights' placements, its peers."""
+    world_size = num_nodes * on_node
+    dist.init_process_group("fake", rank=world_size - 1, world_size=world_size, store=FakeStore())
+    truth = full_model(Variant({}, num_experts=num_experts))
+    topology = NodeTopology.from_ranks_per_node(on_node, world_size)
+    model = with_spread_layout(type(truth)).from_pretrained(
+        None,
+        config=truth.config,
+        state_dict=truth.state_dict(),
+        distributed_config=layout_config(layout, topology, num_experts, tp_size),
+    )
+    layer = model.model.layers[0]
+    embedding = model.model.embed_tokens.weight
+    ranks = dist.get_process_group_ranks(model._mesh_manager.get_mesh("ep").get_group())
+    dist.destroy_process_group()
+    return layer.mlp.experts.down_proj.to_local().size(0), embedding.placements, ranks
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("num_nodes, on_node, num_experts, tp_size", [(32, 8, 256, 1), (2, 2, 8, 2)])
+def test_one_of_many_ranks_holds_what_it_should(layout, num_nodes, on_node, num_experts, tp_size):
+    arguments = (layout, num_nodes, on_node, num_experts, tp_size)
+    env = {"LOCMOE_RANKS_PER_NODE": str(on_node), "WORLD_SIZE": str(num_nodes * on_node)}
+    ((experts, placements, ranks),) = run_ranks(shards_of_one_of_many, 1, *arguments, init=False, env=env)
+    spread_over = on_node if layout == "replicated" else num_nodes * on_node
+    assert experts == num_experts // spread_over
+    assert ranks == list(range(num_nodes * on_node - spread_over, num_nodes * on_node))
+    assert placements[0].is_replicate() == (layout != "sharded")
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
