@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -49,12 +49,14 @@ from .checkpoint_state import (
     detached_from,
     gathered_weights,
     load_optimizer_state,
+    load_router_state,
     load_scheduler_state,
     load_weights,
     one_process_view,
     optimizer_state,
     packed,
     read_packed,
+    router_state,
 )
 
 
@@ -140,8 +142,10 @@ class LocMoeTrainer(Trainer):
                 f"`optim` ({self.args.optim}) keeps state that cannot be saved for a model spread over ranks ({error}): "
                 "use another optimizer, or pass `--save_only_model`."
             ) from error
+        buffers = {} if isinstance(self.model, PreTrainedModel) else router_state(self.model)
         return {
             "optimizer": state,
+            "router_state": packed(buffers),
             "scheduler": packed(self.lr_scheduler.state_dict()),
             "run": packed(run),
             f"rng.{self.args.process_index}": self._packed_rng_state(),
@@ -245,7 +249,7 @@ class LocMoeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self._owns_state and _is_transformers_model(self.model):
-            load_weights(self.model if model is None else model, resume_from_checkpoint)
+            self._load_weights(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -256,7 +260,12 @@ class LocMoeTrainer(Trainer):
         best = self.state.best_model_checkpoint
         logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
         raise_together(None if os.path.isdir(best) else CheckpointError(f"The best checkpoint ({best}) is gone."))
-        load_weights(self.model, best)
+        self._load_weights(best)
+
+    def _load_weights(self, checkpoint: str) -> None:
+        load_weights(self.model, checkpoint)
+        if (state := Path(checkpoint, STATE_FOLDER)).is_dir():
+            load_router_state(self.model, read_packed(state, "router_state"))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         folder = Path(checkpoint or "", STATE_FOLDER)

@@ -123,6 +123,20 @@ def load_weights(model: Any, folder: str | Path) -> None:
                     _read_into(target, opened, places[names], folder)
 
 
+def router_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The persistent buffers of a model, which training changes and an adapter's weights leave out."""
+    stored = model.state_dict()
+    return {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in stored}
+
+
+def load_router_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Copies what [`router_state`] gave into the model."""
+    buffers = dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in state.items():
+            buffers[name].copy_(tensor)
+
+
 def _by_all_names(model: nn.Module) -> dict[tuple[str, ...], torch.Tensor]:
     """Parameters and persistent buffers by all their names: a tied one is stored under one of them."""
     names: dict[int, list[str]] = {}
@@ -299,10 +313,12 @@ __all__ = [
     "detached_from",
     "gathered_weights",
     "load_optimizer_state",
+    "load_router_state",
     "load_scheduler_state",
     "load_weights",
     "one_process_view",
     "optimizer_state",
     "packed",
     "read_packed",
+    "router_state",
 ]
