@@ -27,6 +27,7 @@ import transformers.trainer
 from . import LocMoeConfig  # noqa: F401  registers the architecture
 from .distributed.parallel_run import leave_job, spread_every_model
 from .training.accelerate_plugin import LocMoePlugin
+from .training.checkpoint import LocMoeTrainer
 
 
 def plugin_of(path: str | None) -> LocMoePlugin:
@@ -57,11 +58,6 @@ def prepare(plugin: LocMoePlugin) -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     plugin.activate()
     spread_every_model()
-    try:
-        from .training.checkpoint import LocMoeTrainer
-    except ImportError:
-        return
-
     transformers.Trainer = transformers.trainer.Trainer = LocMoeTrainer
     if int(os.environ.get("RANK", "0")) == 0:
         print(
