@@ -53,8 +53,10 @@ class LocMoePlugin:
         ep_implementation (`str`, defaults to `"locmoe"`): How tokens reach their experts; `"all_to_all"` is transformers'.
         ranks_per_node (`str`, *optional*): `"2"`, or `"4,2,2"` for uneven nodes: overrides what the launcher or the hosts
             say, to emulate nodes on one machine.
-        slices, fan_out, wire_dtype, capacity_factor, max_tokens_per_rank, remote_share, backend: See
+        slices, fan_out, wire_dtype, capacity_factor, max_tokens_per_rank, remote_share: See
             [`~hf_locmoe.distributed.expert_parallel.ExpertParallelOptions`].
+        backend (`str`, defaults to `"locmoe"`): Process-group backend of the exchange, which names a lost rank and counts
+            what crosses nodes; the default group's with `"none"`.
         tokens_per_rank (`int`, defaults to 8192): Tokens of a rank in a micro-batch, for `layout="auto"`.
         accumulation_steps (`int`, defaults to 1): Micro-batches in a step, for `layout="auto"`.
         memory_limit_gb (`float`, *optional*): Memory of a rank for parameters, gradients and optimizer state, for
@@ -76,7 +78,7 @@ class LocMoePlugin:
     capacity_factor: float | None = None
     max_tokens_per_rank: int | None = None
     remote_share: float | None = None
-    backend: str | None = None
+    backend: str | None = "locmoe"
     tokens_per_rank: int = 8192
     accumulation_steps: int = 1
     memory_limit_gb: float | None = None
@@ -155,7 +157,7 @@ class LocMoePlugin:
             capacity_factor=self.capacity_factor,
             max_tokens_per_rank=self.max_tokens_per_rank,
             remote_share=self.remote_share,
-            backend=self.backend,
+            backend=None if self.backend in (None, "none") else self.backend,
         )
 
     def parallel_run(self) -> ParallelRun:
