@@ -109,7 +109,7 @@ class LocMoeTrainer(Trainer):
         error = _error_of(job.write_files) if is_first_rank() else None
         raise_together(error)
         if state is not None:
-            dcp.save(state, checkpoint_id=staging / STATE_FOLDER)
+            dcp.save(state, checkpoint_id=staging / STATE_FOLDER, no_dist=self.args.world_size == 1)
         raise_together(_error_of(job.publish) if is_first_rank() else None)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(job.final))
@@ -340,7 +340,8 @@ class _BackgroundWrite:
         self.job = job
         self._saved = None
         if state is not None:
-            self._saved = dcp.async_save(state, checkpoint_id=job.staging / STATE_FOLDER, process_group=group)
+            folder = job.staging / STATE_FOLDER
+            self._saved = dcp.async_save(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._write, name="checkpoint")
         self._thread.start()
