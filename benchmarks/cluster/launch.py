@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .counters import Counters
 from .faults import Fault, FaultInjector
@@ -28,12 +28,14 @@ class RunResult:
         seconds: from the start to the end of the last node.
         crossed: per node what its interface counted meanwhile.
         output: per node its lines, stdout and stderr together, in order.
+        events: the faults that happened and were mended, in order.
     """
 
     statuses: list[int | None]
     seconds: float
     crossed: list[Counters]
     output: list[list[str]]
+    events: list[str] = field(default_factory=list)
 
     @property
     def status(self) -> int:
@@ -115,7 +117,13 @@ def run_on_nodes(
     processes: list[subprocess.Popen] = []
     readers: list[threading.Thread] = []
 
-    with FaultInjector(cluster, faults or [], lambda text: show("cluster", text)) as injector:
+    events: list[str] = []
+
+    def tell(text: str) -> None:
+        events.append(text)
+        show("cluster", text)
+
+    with FaultInjector(cluster, faults or [], tell) as injector:
 
         def read(index: int, stream) -> None:
             for line in stream:
@@ -146,4 +154,4 @@ def run_on_nodes(
             for process, reader in zip(processes, readers, strict=True):
                 process.wait()
                 reader.join(timeout=5)
-    return RunResult(statuses, seconds, crossed, output)
+    return RunResult(statuses, seconds, crossed, output, events)

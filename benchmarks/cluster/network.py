@@ -91,6 +91,7 @@ class Cluster:
         self.link = link or Link()
         self._tag = f"{PREFIX}{os.getpid()}-{next(_serial)}"
         self._switch = f"{self._tag}-switch"
+        self._started: list[subprocess.Popen] = []
 
     @property
     def namespaces(self) -> list[str]:
@@ -113,6 +114,9 @@ class Cluster:
         return self
 
     def __exit__(self, *_) -> None:
+        end_processes(self.namespaces)
+        for process in self._started:  # one that had not entered its node yet was not found there
+            process.kill()
         remove(self.namespaces)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -183,7 +187,9 @@ class Cluster:
         enter = ["setpriv", "--pdeathsig", "TERM", "nsenter", f"--net={NAMESPACES / self._node(index)}"]
         enter += ["unshare", "--mount", "--uts", "--", "sh", "-c", ENTER_NODE, "enter-node"]
         enter += [f"node{index}", str(self._scratch / "hosts")]
-        return subprocess.Popen([*enter, *argv], stdin=subprocess.DEVNULL, start_new_session=True, **popen)
+        process = subprocess.Popen([*enter, *argv], stdin=subprocess.DEVNULL, start_new_session=True, **popen)
+        self._started.append(process)
+        return process
 
 
 def remove(namespaces: list[str]) -> None:

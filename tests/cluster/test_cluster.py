@@ -139,17 +139,11 @@ def test_a_delay_works_or_says_what_the_kernel_lacks():
 
 
 def test_a_cut_link_delays_what_is_under_way_until_it_is_mended():
-    told = []
     with Cluster(nodes=2) as cluster:
-        result = transfer(
-            cluster,
-            20,
-            faults=[Fault.parse("cut:1@/step 3/+1s")],
-            on_line=lambda where, line: told.append(line) if where == "cluster" else None,
-        )
+        result = transfer(cluster, 20, faults=[Fault.parse("cut:1@/step 3/+1s")])
     assert result.status == 0, result.text()
     assert result.output[0] == [f"received {20 * MEGABYTE}"]
-    assert told == ["fault: cut node 1", "mended: cut node 1"]
+    assert result.events == ["fault: cut node 1", "mended: cut node 1"]
     assert result.crossed[1].tcp_retransmits > 0
 
 
@@ -189,7 +183,7 @@ def test_nothing_stays_behind():
         process = cluster.start(0, ["sleep", "60"])
         assert namespaces() - before == set(cluster.namespaces)
         raise ZeroDivisionError
-    assert process.wait(timeout=5) != 0
+    assert process.wait(timeout=30) != 0
     assert namespaces() == before
 
 
