@@ -26,7 +26,8 @@ from .recomputation import Recomputation
 
 
 _MAX_SLICES = 4
-_LEAST_GAIN = 0.05  # what a prediction must promise before it is acted on: it is no better than that
+_LEAST_GAIN = 0.15  # what a prediction must promise before it is acted on: rates measured on busy machines swing
+_PROBES = 8
 _PROBE_BYTES = 1 << 18  # a message to each peer: long enough to see a rate, 10 ms at 200 Mbit/s
 _PROBE_SIDE = 512  # of the square matrix product that finds the rate of computation
 
@@ -126,7 +127,7 @@ class CostModel:
 
     def choose_slices(self, num_tokens: int, row_bytes: int, num_top_k: int, row_flops: float, peers: Peers) -> int:
         """
-        Slices that make one direction of a layer fastest; 1 where that is predicted to gain less than 5 %.
+        Slices that make one direction of a layer fastest; 1 where that is predicted to gain less than 15 %.
 
         With `s` slices the transfers and the computation of all but one slice run side by side, and each slice costs
         two more exchanges' latency: `max(transfer, compute) + min(transfer, compute) / s + 2 * s * latency`. The
@@ -191,9 +192,9 @@ def _exchange_seconds(peers: Peers, sizes: list[int]) -> float:
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """The best of three, the first not counted."""
+    """The best of several; the first is not counted. What others do on the machine can only make one slower."""
     seconds = []
-    for _ in range(4):
+    for _ in range(1 + _PROBES):
         _synchronize(device)
         begin = time.perf_counter()
         work()
