@@ -74,7 +74,8 @@ def test_what_crosses_a_node_boundary_is_counted_on_both_ends():
     receiver, bystander, sender = result.crossed
     # frames' headers and acknowledgements on top of the payload
     assert 5 * MEGABYTE < sender.tx_bytes < 5.5 * MEGABYTE
-    assert receiver.rx_bytes == sender.tx_bytes
+    # the two are read one after the other, and the switch floods what it has not learned yet
+    assert abs(receiver.rx_bytes - sender.tx_bytes) < 1000
     assert receiver.tx_bytes < 0.2 * MEGABYTE
     assert bystander.tx_bytes < 1000
 
