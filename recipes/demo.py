@@ -41,7 +41,7 @@ PROMPTS = ['The "with" statement is used to', "    def __init__(self", "U+0394 L
 class DemoArguments:
     """The demo's few settings; those of the model and its training are in the recipe's configuration."""
 
-    output_dir: str = field(default="demo-output", metadata={"help": "Folder for everything; replaced if the demo's."})
+    output_dir: str = field(default="demo_output", metadata={"help": "Folder for everything; replaced if the demo's."})
     recipe_config: str = field(
         default=str(RECIPES / "configs" / "tiny_cpu.yaml"), metadata={"help": "Configuration given to pretrain.py."}
     )
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, float, float, str]]:
     stages.next("the run as figures and as a page")
     sample = out / "corpus" / "sample.txt"
     sample.write_text("\n\n".join(document["text"] for document in corpus.validation[:20]), encoding="utf-8")
-    if cli.main(["report", str(out / "locmoe"), "--output", str(out / "report"), "--text", str(sample)]):
+    if cli.main(["report", str(out / "locmoe"), "--output", str(out / "locmoe" / "report"), "--text", str(sample)]):
         raise ValueError("The report could not be drawn; the line above says why.")
 
     stages.next("what came out")
@@ -197,7 +197,7 @@ def where_things_are(out: Path) -> str:
     """The last lines: what was made, and what to run next."""
     made = {
         "the model and its card": f"{out / 'locmoe'}, {out / 'locmoe' / 'README.md'}",
-        "how it routes, figures": f"{out / 'report' / 'routing.html'}, *.png",
+        "how it routes, figures": f"{out / 'locmoe' / 'report' / 'routing.html'}, *.png",
         "the dense reference": out / "dense",
         "the text": out / "corpus",
     }

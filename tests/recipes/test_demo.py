@@ -52,8 +52,8 @@ def test_the_whole_demo(tmp_path, capfd):
     assert [row[0].split(",")[0] for row in rows] == ["unigram of the same tokens", "dense", "LocMoE"]
     assert all(1 < perplexity < 600 for row in rows for perplexity in row[1:3])
     assert [row["model"] for row in json.loads((out / "perplexities.json").read_text())] == [row[0] for row in rows]
-    for name in ("locmoe/model.safetensors", "locmoe/README.md", "report/routing.html", "dense/config.json"):
+    for name in ("locmoe/model.safetensors", "locmoe/README.md", "locmoe/report/routing.html", "dense/config.json"):
         assert (out / name).is_file()
-    assert list((out / "report").glob("*.png"))
+    assert list((out / "locmoe" / "report").glob("*.png"))
     assert demo.PROMPTS[0] in shown  # generated in the fresh process
     assert "next" in shown.splitlines()[-5]
