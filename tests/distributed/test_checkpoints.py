@@ -213,7 +213,7 @@ def test_four_ranks_and_two(tmp_path):
 
 def train_and_die(output_dir, resume, at, rank, **settings):
     """Killed by SIGKILL, on one rank: in step `at` (a number), or where `at` names a function of the checkpoint module."""
-    from hf_locmoe.training import checkpoint
+    from hf_locmoe.training import checkpoint, checkpoint_folder
 
     def die(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -221,8 +221,15 @@ def train_and_die(output_dir, resume, at, rank, **settings):
     if isinstance(at, int):
         return train(output_dir, resume, losses=Losses(at, rank), **settings)
     if dist.get_rank() == rank:
-        module = checkpoint.dcp if at == "save" else checkpoint
-        setattr(module, at, die)
+        if at == "rmtree":
+            remove = checkpoint_folder.shutil.rmtree
+
+            def die_half_way(folder, *args, **kwargs):
+                die() if "_deleting-" in str(folder) and Path(folder).exists() else remove(folder, *args, **kwargs)
+
+            checkpoint_folder.shutil.rmtree = die_half_way
+        else:
+            setattr(checkpoint.dcp if at in ("save", "async_save") else checkpoint, at, die)
     return train(output_dir, resume, **settings)
 
 
@@ -249,18 +256,23 @@ def test_killed_in_a_step_and_in_a_save(on_two_ranks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "at, rank", [("gathered_weights", 0), ("gathered_weights", 1), ("save", 0), ("save", 1), ("publish", 1)]
-)
-def test_killed_anywhere_in_a_save(on_two_ranks, tmp_path, at, rank):
-    if (at, rank) == ("publish", 1):
-        at = "prune"  # rank 0 has published and dies before it removes the oldest
-        killed(tmp_path, None, at=at, rank=0, arguments=dict(save_total_limit=1))
-        assert checkpoints(tmp_path) == ["checkpoint-2"]
-    else:
-        killed(tmp_path, str(on_two_ranks["folder"]["whole"] / "checkpoint-2"), at=at, rank=rank)
-        assert get_last_checkpoint(tmp_path) is None
-        return
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
+@pytest.mark.parametrize("at, rank", [("gathered_weights", 0), ("gathered_weights", 1), ("save", 0), ("save", 1)])
+def test_killed_before_a_checkpoint_is_whole(on_two_ranks, tmp_path, at, rank, asynchronous):
+    at = "async_save" if at == "save" and asynchronous == "1" else at
+    start = str(on_two_ranks["folder"]["whole"] / "checkpoint-2")
+    killed(tmp_path, start, at=at, rank=rank, env={"LOCMOE_ASYNC_SAVE": asynchronous})
+    assert get_last_checkpoint(tmp_path) is None
+    assert checkpoints(tmp_path) == ["_saving-checkpoint-4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
+def test_killed_when_a_checkpoint_is_whole(on_two_ranks, tmp_path, asynchronous):
+    """After the second appeared, and before the first is removed."""
+    env, arguments = {"LOCMOE_ASYNC_SAVE": asynchronous}, dict(save_total_limit=1)
+    killed(tmp_path, None, at="rmtree", rank=0, env=env, arguments=arguments)
+    assert checkpoints(tmp_path) == ["_deleting-checkpoint-2", "checkpoint-4"]
     resumed, resumed_weights = run_ranks(train, 2, tmp_path, True)[0]
     exactly_equal(resumed_weights, on_two_ranks["whole"][1])
 
