@@ -266,7 +266,8 @@ def main(argv: list[str] | None = None) -> int:
         notes=[
             "One layer's experts with exchange, forward and backward, no optimizer. Seconds are the slowest rank's.",
             "Emulated nodes on one machine: all ranks share its cores, so computation slows transfers and the other way "
-            "round. Compare within a column.",
+            "round. Compare within a column. Rows that came to the same choice run the same code: their difference is "
+            "the noise of the run.",
         ],
         load=load.result(),
         extra={"raw": measured},
