@@ -249,7 +249,7 @@ def test_killed_in_a_step_and_in_a_save(on_two_ranks, tmp_path):
     killed(tmp_path, True, at="publish", rank=0)  # all is written, under another name
     assert checkpoints(tmp_path) == ["_saving-checkpoint-6", "checkpoint-2", "checkpoint-4"]
     assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    resumed, resumed_weights = run_ranks(train, 2, tmp_path, True)[0]
+    resumed, resumed_weights = run_ranks(train, 2, tmp_path, "True")[0]  # as a command line gives it
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert resumed == {step: losses[step] for step in (5, 6)}
     exactly_equal(resumed_weights, weights)

@@ -209,6 +209,8 @@ class LocMoeTrainer(Trainer):
 
     def _checkpoint_to_resume(self, given: str | bool | None) -> str | None:
         """The folder, after all that can be wrong with it was looked for, on every rank alike."""
+        if isinstance(given, str) and given.lower() in ("true", "false") and not os.path.isdir(given):
+            given = given.lower() == "true"  # as a command line gives it
         if not given:
             return None
         folder: str | None = None if given is True else os.fspath(given)
