@@ -152,6 +152,7 @@ class ParallelRunMixin(SpreadLayoutMixin):
             distributed_config = run.distributed_config(model_size(cls, config))
             if distributed_config is None:
                 return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
+            check_tied_vocabulary(config, distributed_config)
             kwargs["distributed_config"] = distributed_config
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
         join_run(loaded[0] if isinstance(loaded, tuple) else loaded)
@@ -170,6 +171,7 @@ class ParallelRunMixin(SpreadLayoutMixin):
             whole = super()._from_config(config, **kwargs)  # type: ignore[misc]
             if distributed_config is None:
                 return whole
+            check_tied_vocabulary(config, distributed_config)
             state_dict = whole.state_dict()
             # what one process would have drawn, also where the script seeds ranks differently
             for tensor in state_dict.values():
@@ -184,6 +186,20 @@ class ParallelRunMixin(SpreadLayoutMixin):
         model.train(whole.training)
         join_run(model)
         return model
+
+
+def check_tied_vocabulary(config: Any, distributed_config: DistributedConfig) -> None:
+    """
+    Refuses what torch's fully_shard trains wrongly: tied embeddings in shards of unequal height, of which the head's copy is
+    padded and the embedding's is not, so the two drift apart.
+    """
+    shards = distributed_config.fsdp_size * distributed_config.tp_size
+    if getattr(config, "tie_word_embeddings", False) and config.vocab_size % shards:
+        fitting = -(-config.vocab_size // shards) * shards
+        raise ValueError(
+            f"`vocab_size` ({config.vocab_size}) must be divisible by the ranks that share the dense layers ({shards}) with "
+            f"`tie_word_embeddings` (True): resize the embeddings to {fitting} on one process, or use another number of ranks."
+        )
 
 
 def for_parallel_run(model_class: type) -> type:
@@ -252,6 +268,7 @@ def join_run(model: Any) -> None:
 __all__ = [
     "ParallelRun",
     "ParallelRunMixin",
+    "check_tied_vocabulary",
     "current_parallel_run",
     "for_parallel_run",
     "join_run",

@@ -64,6 +64,7 @@ class LocMoePlugin:
         timeout_s (`float`, defaults to 600): Seconds after which a collective that waits for a lost rank fails.
         router_aux_loss_coef, locality_loss_coef, balance_bias_update_rate, capacity_mode, expert_capacity_factor
             (*optional*): Used in this run in the place of the checkpoint's.
+        async_save (`bool`, defaults to `False`): Whether checkpoints are written while training goes on.
         telemetry (`bool`, defaults to `True`): Whether routing is logged.
     """
 
@@ -88,6 +89,7 @@ class LocMoePlugin:
     balance_bias_update_rate: float | None = None
     capacity_mode: str | None = None
     expert_capacity_factor: float | None = None
+    async_save: bool = False
     telemetry: bool = True
 
     def __post_init__(self):
@@ -141,6 +143,7 @@ class LocMoePlugin:
         if self.ranks_per_node is not None:
             os.environ[PREFIX + "RANKS_PER_NODE"] = str(self.ranks_per_node)
         os.environ[PREFIX + "TIMEOUT_S"] = str(self.timeout_s)
+        os.environ[PREFIX + "ASYNC_SAVE"] = str(int(self.async_save))
         os.environ[PREFIX + "TELEMETRY"] = str(int(self.telemetry))
         set_parallel_run(self.parallel_run())
 

@@ -7,7 +7,7 @@ import pytest
 
 from hf_locmoe import LocMoeConfig, LocMoeForCausalLM
 from hf_locmoe.distributed.layouts import ModelSize, SpreadConfig
-from hf_locmoe.distributed.parallel_run import current_parallel_run, set_parallel_run
+from hf_locmoe.distributed.parallel_run import check_tied_vocabulary, current_parallel_run, set_parallel_run
 from hf_locmoe.training.accelerate_plugin import LocMoePlugin
 
 
@@ -78,7 +78,7 @@ def test_a_yaml_file_with_an_unknown_field_lists_the_known_ones(tmp_path):
 
 
 def test_overrides_hold_for_the_run_and_are_not_saved(tmp_path, monkeypatch):
-    for name in ("LOCMOE_TIMEOUT_S", "LOCMOE_TELEMETRY"):
+    for name in ("LOCMOE_TIMEOUT_S", "LOCMOE_TELEMETRY", "LOCMOE_ASYNC_SAVE"):
         monkeypatch.setenv(name, "")
     tiny = tiny_config(router_aux_loss_coef=0.01)
     LocMoeForCausalLM(tiny).save_pretrained(tmp_path / "before")
@@ -96,6 +96,14 @@ def test_overrides_hold_for_the_run_and_are_not_saved(tmp_path, monkeypatch):
 def test_an_override_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="expert_capacity_factor"):
         LocMoePlugin(capacity_mode="factor").override(tiny_config())
+
+
+def test_tied_embeddings_in_unequal_shards_are_refused():
+    config = _spread_of_two_nodes(LocMoePlugin(layout="spread"), ModelSize.of(LocMoeForCausalLM(tiny_config())))
+    check_tied_vocabulary(tiny_config(vocab_size=63), config)
+    check_tied_vocabulary(tiny_config(vocab_size=64, tie_word_embeddings=True), config)
+    with pytest.raises(ValueError, match=r"`vocab_size` \(63\).*\(2\).*resize the embeddings to 64"):
+        check_tied_vocabulary(tiny_config(vocab_size=63, tie_word_embeddings=True), config)
 
 
 def test_yields_the_configs_of_transformers_and_accelerate(monkeypatch):
