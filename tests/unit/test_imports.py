@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,8 +31,10 @@ _EXTRAS = ("datasets", "evaluate", "matplotlib", "peft", "scipy", "tensorboard",
 
 
 def _modules() -> list[str]:
-    paths = (path.relative_to(_SRC).with_suffix("") for path in _SRC.rglob("*.py"))
-    return sorted(".".join(path.parts).removesuffix(".__init__") for path in paths if path.name != "__main__.py")
+    paths = [path.relative_to(_SRC).with_suffix("") for path in _SRC.rglob("*.py") if path.name != "__main__.py"]
+    if importlib.util.find_spec("triton") is None:  # kernels are imported where there is Triton, and nowhere else
+        paths = [path for path in paths if not path.name.endswith("kernels")]
+    return sorted(".".join(path.parts).removesuffix(".__init__") for path in paths)
 
 
 class _SymbolCollector(ast.NodeVisitor):

@@ -25,7 +25,7 @@ class SwitchGate(Router):
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
 
     def affinity(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
-        return nn.functional.linear(hidden_states, self.weight.float())
+        return nn.functional.linear(hidden_states.float(), self.weight.float())
 
     def cosines(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return (

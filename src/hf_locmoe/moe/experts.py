@@ -16,6 +16,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .overflow import position_in_expert
 
 
+try:
+    from .kernels import ACTIVATIONS, combine_rows, gather_rows, weighted_activation
+except ImportError:  # no Triton
+    ACTIVATIONS = {}
+
+
 @use_experts_implementation(has_gate=False)
 class LocMoeExperts(nn.Module):
     """
@@ -80,6 +86,43 @@ def _loop_over_experts(hidden_states, top_k_index, top_k_weights, num_experts, r
     return output
 
 
+class _ExpertLinear(torch.autograd.Function):
+    """
+    (R, in) rows laid out by expert times (n, out, in) weights to (R, out). Without `offsets` every expert has R / n rows;
+    otherwise expert i's end at `offsets[i]`, and rows past the last are left as they are.
+
+    torch's own gradient of a product with a transposed weight is transposed, too, and is copied into the parameter's
+    layout when it is accumulated: a pass over all weights. Here it has the layout of the weight.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, weight, offsets):
+        ctx.save_for_backward(rows, weight, offsets)
+        return _by_expert(rows, weight.transpose(1, 2), offsets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight, offsets = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_rows = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = _by_expert(grad, weight, offsets)
+        if ctx.needs_input_grad[1]:
+            if offsets is None:
+                by_expert = (weight.shape[0], rows.shape[0] // weight.shape[0])
+                grad_weight = torch.bmm(grad.unflatten(0, by_expert).transpose(1, 2), rows.unflatten(0, by_expert))
+            else:
+                grad_weight = torch.nn.functional.grouped_mm(grad.T, rows, offs=offsets)
+        return grad_rows, grad_weight, None
+
+
+def _by_expert(rows, weight, offsets):
+    if offsets is None:
+        num_experts = weight.shape[0]
+        return torch.bmm(rows.unflatten(0, (num_experts, rows.shape[0] // num_experts)), weight).flatten(0, 1)
+    return torch.nn.functional.grouped_mm(rows, weight, offs=offsets)
+
+
 def capacity_bmm_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -87,11 +130,18 @@ def capacity_bmm_experts_forward(
     Experts implementation `"capacity_bmm"`: the tokens are laid out as `[n, C, d]` and each projection is one batched
     matrix product. Shapes depend on the number of tokens alone, so nothing is read back to the host.
 
-    Uses `self.expert_capacity`; without one (a dropless batch, or a model that knows no capacity) it is `"grouped_mm"`.
-    Assignments of weight 0 take no room, and those past the capacity of their expert contribute nothing: the caller
-    limits them first (`moe.overflow.limit_to_capacity`).
+    Uses `self.expert_capacity`. Without one (a dropless batch, or a model that knows no capacity) the rows of an expert
+    are as many as its tokens and each projection is one grouped matrix product. Assignments of weight 0 take no room, and
+    those past the capacity of their expert contribute nothing: the caller limits them first
+    (`moe.overflow.limit_to_capacity`).
+
+    On CUDA with Triton, layout, activation and weighting are the kernels of `moe/kernels.py`; elsewhere plain torch, and
+    for dropless batches transformers' `"grouped_mm"`.
     """
     capacity = getattr(self, "expert_capacity", None)
+    dtype = _compute_dtype(self, hidden_states)
+    if _can_fuse(self, hidden_states, dtype):
+        return _fused_forward(self, hidden_states, top_k_index, top_k_weights, capacity, dtype)
     if capacity is None:
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     if self.has_bias or self.is_transposed or self.has_post_expert_norm:
@@ -99,23 +149,85 @@ def capacity_bmm_experts_forward(
             "`experts_implementation` ('capacity_bmm') serves experts without biases, transposed weights or post-norm: "
             "use 'grouped_mm' for this model."
         )
-    (num_tokens, top_k), num_experts, hidden_size = top_k_index.shape, self.num_experts, hidden_states.shape[-1]
-    # first choices before second ones, as in `limit_to_capacity`
-    expert = torch.where((top_k_weights != 0) & (top_k_index < num_experts), top_k_index, num_experts).T.reshape(-1)
-    position = position_in_expert(expert, num_experts)
-    fits = (expert < num_experts) & (position < capacity)
-    spare = num_experts * capacity  # index of the row of zeros
-    slot = torch.where(fits, expert * capacity + position, spare)
-
-    token = torch.arange(num_tokens, device=slot.device).repeat(top_k)
-    token_of_slot = torch.full((spare + 1,), num_tokens, device=slot.device).scatter_(0, slot, token)[:-1]
-    rows = _with_zero_row(hidden_states)[token_of_slot].view(num_experts, capacity, hidden_size)
-    up_weight = self.gate_up_proj if self.has_gate else self.up_proj
+    row_of_choice, choice_of_row = _rows_by_capacity(top_k_index, top_k_weights, self.num_experts, capacity)
+    # -1 is the row of zeros at the end
+    rows = _with_zero_row(hidden_states)[choice_of_row // top_k_index.shape[1]]
+    rows = rows.view(self.num_experts, capacity, hidden_states.shape[-1])
+    up_weight = _first_weight(self)
     inner = torch.bmm(rows.to(up_weight.dtype), up_weight.transpose(1, 2))
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     outer = torch.bmm(inner, self.down_proj.transpose(1, 2)).flatten(0, 1)
-    weighted = _with_zero_row(outer)[slot].view(top_k, num_tokens, hidden_size) * top_k_weights.T.unsqueeze(-1)
-    return weighted.sum(dim=0).to(hidden_states.dtype)
+    weighted = _with_zero_row(outer)[row_of_choice] * top_k_weights.unsqueeze(-1)
+    return weighted.sum(dim=1).to(hidden_states.dtype)
+
+
+def _fused_forward(self, hidden_states, top_k_index, top_k_weights, capacity, dtype):
+    if capacity is None:
+        row_of_choice, choice_of_row, offsets = _rows_by_expert(top_k_index, self.num_experts)
+    else:
+        row_of_choice, choice_of_row = _rows_by_capacity(top_k_index, top_k_weights, self.num_experts, capacity)
+        offsets = None
+    rows = gather_rows(hidden_states.to(dtype), choice_of_row, row_of_choice)
+    inner = _ExpertLinear.apply(rows, _first_weight(self).to(dtype), offsets)
+    activation = ACTIVATIONS[self.config.hidden_act]
+    inner = weighted_activation(inner, top_k_weights, choice_of_row, activation, self.has_gate)
+    outer = _ExpertLinear.apply(inner, self.down_proj.to(dtype), offsets)
+    return combine_rows(outer, row_of_choice, choice_of_row).to(hidden_states.dtype)
+
+
+def _compute_dtype(self, hidden_states):
+    """The dtype of the products: autocast's where it is on, which knows no grouped product, or the weights'."""
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return self.down_proj.dtype
+
+
+def _can_fuse(self, hidden_states, dtype):
+    if not isinstance(self, LocMoeExperts | LocMoeGatedExperts) or not _kernels_run_on(hidden_states):
+        return False
+    if self.config.hidden_act not in ACTIVATIONS:
+        return False
+    if self.expert_capacity is not None:
+        return dtype in (torch.bfloat16, torch.float16, torch.float32)
+    # what torch's grouped product takes: bfloat16, and rows that begin at multiples of 16 bytes
+    return dtype == torch.bfloat16 and hidden_states.shape[-1] % 8 == 0 and self.down_proj.shape[-1] % 8 == 0
+
+
+def _kernels_run_on(hidden_states):
+    return hidden_states.is_cuda
+
+
+def _first_weight(self):
+    return self.gate_up_proj if self.has_gate else self.up_proj
+
+
+def _rows_by_capacity(top_k_index, top_k_weights, num_experts, capacity):
+    """
+    `row_of_choice` (T, k), -1 where an assignment has no room, and its inverse `choice_of_row` (n C,), -1 where a row is
+    empty; expert i has the rows from i C.
+    """
+    num_tokens, top_k = top_k_index.shape
+    expert = torch.where((top_k_weights != 0) & (top_k_index < num_experts), top_k_index, num_experts)
+    # first choices before second ones, as in `limit_to_capacity`
+    position = position_in_expert(expert.T.reshape(-1), num_experts).view(top_k, num_tokens).T
+    fits = (expert < num_experts) & (position < capacity)
+    spare = num_experts * capacity
+    row = torch.where(fits, expert * capacity + position, spare)
+    choice = torch.arange(num_tokens * top_k, device=row.device)
+    choice_of_row = choice.new_full((spare + 1,), -1).scatter_(0, row.reshape(-1), choice)[:-1]
+    return row.masked_fill(~fits, -1), choice_of_row
+
+
+def _rows_by_expert(top_k_index, num_experts):
+    """As [`_rows_by_capacity`], with as many rows for an expert as it has assignments; and where each expert's end, int32."""
+    # a radix sort takes time by the width of its keys
+    expert, choice = top_k_index.reshape(-1).to(torch.int32).sort(stable=True)
+    ids = torch.arange(num_experts, dtype=torch.int32, device=expert.device)
+    offsets = torch.searchsorted(expert, ids, right=True, out_int32=True)
+    row = torch.arange(expert.shape[0], device=expert.device).masked_fill(expert >= num_experts, -1)
+    row_of_choice = torch.empty_like(row).scatter_(0, choice, row).view_as(top_k_index)
+    return row_of_choice, choice.masked_fill(expert >= num_experts, -1), offsets
 
 
 def _with_zero_row(rows: torch.Tensor) -> torch.Tensor:

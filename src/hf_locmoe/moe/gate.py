@@ -14,6 +14,12 @@ import torch
 from .routing import Router
 
 
+try:
+    from .gate_kernels import pool_affinity, pools_in_one_tile
+except ImportError:  # no Triton
+    pool_affinity = None
+
+
 class LocMoeGate(Router):
     """
     Expert i's affinity for a token is the mean of the i-th of n contiguous blocks of hidden dimensions (`gate_affinity`
@@ -55,13 +61,24 @@ class LocMoeGate(Router):
             copy(self.rotation, torch.linalg.qr(gaussian).Q.T.float())
 
     def affinity(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
-        projection, hidden_states = self._project(hidden_states)
+        if self._pools_in_one_pass(hidden_states):
+            return pool_affinity(hidden_states, self.num_experts, self.affinity_type == "cosine")
+        projection, hidden_states = self._project(hidden_states.float())
         if self.affinity_type == "mean":
             return projection / self._norms(projection.device)
         return math.sqrt(self.hidden_size) * _cosine(projection, hidden_states)
 
     def cosines(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self._pools_in_one_pass(hidden_states):
+            return pool_affinity(hidden_states, self.num_experts, True) / math.sqrt(self.hidden_size)
         return _cosine(*self._project(hidden_states.float()))
+
+    def _pools_in_one_pass(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the kernel serves this gate: plain pooling, on CUDA with Triton."""
+        if pool_affinity is None or not hidden_states.is_cuda or hidden_states.dtype == torch.float64:
+            return False
+        plain = not (self.uses_centering or self.uses_rotation)
+        return plain and pools_in_one_tile(self.hidden_size, self.num_experts)
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, d) to the (T, n) products with the unit-norm gate weights, and the (centred) hidden states."""
@@ -83,7 +100,9 @@ class LocMoeGate(Router):
         if self.uses_centering and hidden_sum is not None:
             mean = hidden_sum / (tokens_per_expert.sum() / self.top_k).clamp_min(1)
             # plain average over the first updates, exponential after
-            rate = torch.maximum(1 / (self.hidden_mean_updates + 1), self.hidden_mean.new_tensor(1 - self.centering_momentum))
+            rate = torch.maximum(
+                1 / (self.hidden_mean_updates + 1), self.hidden_mean.new_tensor(1 - self.centering_momentum)
+            )
             self.hidden_mean += rate * (mean.to(self.hidden_mean.dtype) - self.hidden_mean)
             self.hidden_mean_updates += 1
 

@@ -41,7 +41,8 @@ def position_in_expert(expert_ids: torch.Tensor, num_experts: int) -> torch.Tens
     Returns:
         `torch.Tensor` of shape `(A,)`, int64.
     """
-    sorted_ids, order = expert_ids.sort(stable=True)
+    # a radix sort takes time by the width of its keys
+    sorted_ids, order = expert_ids.to(torch.int32).sort(stable=True)
     starts = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, device=expert_ids.device))
     rank = torch.arange(expert_ids.shape[0], device=expert_ids.device) - starts[sorted_ids]
     return torch.empty_like(rank).scatter_(0, order, rank)

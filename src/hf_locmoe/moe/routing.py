@@ -14,6 +14,11 @@ import torch
 from torch import nn
 
 
+try:
+    from .router_kernels import route_sums, top_k_of_router
+except ImportError:  # no Triton
+    route_sums = top_k_of_router = None
+
 NUM_COSINE_SAMPLES = 1024  # tokens a layer and forward of which the token-gate cosine is taken
 
 
@@ -55,7 +60,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
 
     def affinity(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
-        """(T, d) float32 hidden states to (T, n) float32 affinities."""
+        """(T, d) hidden states of any float dtype to (T, n) affinities, computed in float32."""
         raise NotImplementedError
 
     def cosines(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -88,7 +93,7 @@ class Router(nn.Module):
                 f"the learning rate or check the data; `router_check_finite=False` turns this check off."
             )
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            affinity = self.affinity(hidden_states.float(), input_ids)
+            affinity = self.affinity(hidden_states, input_ids)
             if self.training and self.noise_std > 0:
                 affinity = affinity + self.noise_std * torch.randn_like(affinity)
             allowed = domain_mask(domain_ids, self.num_experts, self.num_expert_groups, self.top_k)
@@ -163,6 +168,8 @@ def stable_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the k largest of the last dimension, the largest first; ties go to the lower index on every device."""
     if k == 1:
         return values.argmax(dim=-1, keepdim=True)
+    if top_k_of_router is not None and values.is_cuda and values.dtype == torch.float32 and values.dim() == 2:
+        return top_k_of_router(values, k)
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -193,43 +200,55 @@ def router_statistics(
     """
     # sums over thousands of tokens, some of them as products with a matrix, which autocast would make in half precision
     with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-        num_experts = router_logits.shape[-1]
-        probabilities = router_logits.softmax(dim=-1)
-        weight = None if token_mask is None else token_mask.to(probabilities.dtype)
-        prob_sum = probabilities.sum(dim=0) if weight is None else weight @ probabilities
+        if route_sums is not None and router_logits.is_cuda:
+            sums = route_sums(router_logits, top_k_index, token_mask, dropped, rerouted)
+        else:
+            sums = torch.stack(_plain_sums(router_logits, top_k_index, token_mask, dropped, rerouted))
         with torch.no_grad():
-            probabilities = probabilities.detach()
-            one_hot = torch.nn.functional.one_hot(top_k_index, num_experts).to(probabilities.dtype)  # (T, k, n)
-            if weight is not None:
-                one_hot = one_hot * weight[:, None, None]
-            first = one_hot[:, 0]
-            entropy = -torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
-            rows = [one_hot.sum(dim=(0, 1))]
-            for flags in (dropped, rerouted):
-                rows.append(torch.zeros_like(rows[0]) if flags is None else _count(flags, one_hot))
-            rows.append(entropy @ first)
-            rows.extend(_cosine_rows(gate, hidden_states, top_k_index, first, cos_quantile))
-        return torch.stack([prob_sum, *rows])
+            cosine_rows = _cosine_rows(gate, hidden_states, top_k_index, token_mask, cos_quantile)
+        return torch.cat([sums, torch.stack(cosine_rows)])
+
+
+def _plain_sums(router_logits, top_k_index, token_mask, dropped, rerouted):
+    """The rows from `PROB_SUM` to `ENTROPY_SUM`."""
+    probabilities = router_logits.softmax(dim=-1)
+    weight = None if token_mask is None else token_mask.to(probabilities.dtype)
+    prob_sum = probabilities.sum(dim=0) if weight is None else weight @ probabilities
+    with torch.no_grad():
+        probabilities = probabilities.detach()
+        one_hot = torch.nn.functional.one_hot(top_k_index, router_logits.shape[-1]).to(
+            probabilities.dtype
+        )  # (T, k, n)
+        if weight is not None:
+            one_hot = one_hot * weight[:, None, None]
+        entropy = -torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
+        tokens = one_hot.sum(dim=(0, 1))
+        flagged = [
+            torch.zeros_like(tokens) if flags is None else _count(flags, one_hot) for flags in (dropped, rerouted)
+        ]
+        return [prob_sum, tokens, *flagged, entropy @ one_hot[:, 0]]
 
 
 def _count(flags: torch.Tensor, one_hot: torch.Tensor) -> torch.Tensor:
     return (one_hot * flags.unsqueeze(-1)).sum(dim=(0, 1))
 
 
-def _cosine_rows(gate, hidden_states, top_k_index, first, cos_quantile):
-    num_tokens, num_experts = first.shape
+def _cosine_rows(gate, hidden_states, top_k_index, token_mask, cos_quantile):
+    (num_tokens, _), num_experts = hidden_states.shape, gate.num_experts
     if num_tokens == 0:
-        return torch.zeros_like(first.sum(dim=0)), torch.zeros_like(first.sum(dim=0))
+        return [torch.zeros(num_experts, device=hidden_states.device)] * 2
     stride = -(-num_tokens // NUM_COSINE_SAMPLES)
-    cosine = gate.cosines(hidden_states[::stride]).gather(-1, top_k_index[::stride, :1]).squeeze(-1)
-    sampled = first[::stride]
-    scale = first.sum() / sampled.sum().clamp_min(1)
-    cos_sum = (cosine @ sampled) * scale
+    first = top_k_index[::stride, :1]
+    cosine = gate.cosines(hidden_states[::stride]).gather(-1, first).squeeze(-1)
+    counts = torch.ones_like(cosine) if token_mask is None else token_mask[::stride].to(cosine.dtype)
+    num_counted = num_tokens if token_mask is None else token_mask.sum()
+    cos_sum = torch.nn.functional.one_hot(first.squeeze(-1), num_experts).to(cosine.dtype).T @ (cosine * counts)
+    cos_sum = cos_sum * (num_counted / counts.sum().clamp_min(1))
     if cos_quantile is None:
-        return cos_sum, torch.zeros_like(cos_sum)
-    counted = torch.where(sampled.sum(dim=-1) > 0, cosine, torch.nan)
+        return [cos_sum, torch.zeros_like(cos_sum)]
+    counted = torch.where(counts > 0, cosine, torch.nan)
     quantile = counted.nanquantile(cos_quantile).nan_to_num(0.0)
-    return cos_sum, (quantile * first.sum() / num_experts).expand(num_experts)
+    return [cos_sum, (quantile * num_counted / num_experts).expand(num_experts)]
 
 
 __all__ = ["NUM_COSINE_SAMPLES", "Router", "RouterStat", "limit_groups", "router_statistics", "stable_top_k"]

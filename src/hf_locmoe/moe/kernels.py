@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Triton kernels for the expert computation: laying tokens out by expert, the weighted activation, adding results up.
+
+Importing this file needs Triton; callers fall back to plain torch where it is missing. Each kernel is a custom operator
+with a gradient, so torch.compile takes them as they are. Sums are made in float32 whatever the dtype of the tensors.
+
+The routing weight multiplies the activation instead of the expert's output: the same product, since the second projection
+is linear, and its gradient is then a by-product of the activation's, without another pass over the outputs.
+
+Shapes: T tokens, d = hidden_size, f = moe_intermediate_size, k = num_experts_per_tok, R = rows laid out by expert.
+`row_of_choice` (T, k) is the row of each token's choices, -1 where a choice has none; `choice_of_row` (R,) its inverse:
+`token * k + slot`, -1 where a row is empty. Both int64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+"""transformers' names of activations to those of the kernels."""
+
+_COLUMNS = 1024  # columns of a row that a program handles at a time
+
+
+@triton.jit
+def _gather_kernel(source, choice_of_row, rows, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    choice = tl.load(choice_of_row + row)
+    for start in tl.static_range(0, WIDTH, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        values = tl.load(source + (choice // TOP_K) * WIDTH + column, mask=(column < WIDTH) & (choice >= 0), other=0.0)
+        tl.store(rows + row * WIDTH + column, values, mask=column < WIDTH)
+
+
+@triton.jit
+def _combine_kernel(rows, row_of_choice, output, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        row = tl.load(row_of_choice + token * TOP_K + slot)
+        values = tl.load(rows + row * WIDTH + column, mask=(column < WIDTH) & (row >= 0), other=0.0)
+        total += values.to(tl.float32)
+    tl.store(output + token * WIDTH + column, total.to(output.dtype.element_ty), mask=column < WIDTH)
+
+
+@triton.jit
+def _activation(x, NAME: tl.constexpr):
+    """The activation and its derivative."""
+    if NAME == "silu":
+        sigmoid = tl.sigmoid(x)
+        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+    elif NAME == "gelu":
+        share = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        return x * share, share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif NAME == "gelu_tanh":
+        # 0.5 (1 + tanh(u)) = sigmoid(2 u)
+        share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return x * share, share + x * share * (1 - share) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    else:
+        return tl.maximum(x, 0.0), (x > 0).to(tl.float32)
+
+
+@triton.jit
+def _activate_kernel(
+    inner,
+    weights,
+    choice_of_row,
+    output,
+    NAME: tl.constexpr,
+    GATED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    choice = tl.load(choice_of_row + row)
+    mask = (column < WIDTH) & (choice >= 0)
+    weight = tl.load(weights + choice, mask=choice >= 0, other=0.0).to(tl.float32)
+    start = inner + row * (2 * WIDTH if GATED else WIDTH) + column
+    value, _ = _activation(tl.load(start, mask=mask, other=0.0).to(tl.float32), NAME)
+    if GATED:
+        value *= tl.load(start + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    tl.store(output + row * WIDTH + column, (value * weight).to(output.dtype.element_ty), mask=column < WIDTH)
+
+
+@triton.jit
+def _activate_backward_kernel(
+    grad,
+    inner,
+    weights,
+    choice_of_row,
+    grad_inner,
+    grad_weights,
+    NAME: tl.constexpr,
+    GATED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    choice = tl.load(choice_of_row + row)
+    used = choice >= 0
+    weight = tl.load(weights + choice, mask=used, other=0.0).to(tl.float32)
+    dot = tl.zeros((BLOCK,), dtype=tl.float32)
+    inner_width: tl.constexpr = 2 * WIDTH if GATED else WIDTH
+    for first in range(0, WIDTH, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < WIDTH
+        start = row * inner_width + column
+        grad_value = tl.load(grad + row * WIDTH + column, mask=inside & used, other=0.0).to(tl.float32)
+        value, slope = _activation(tl.load(inner + start, mask=inside & used, other=0.0).to(tl.float32), NAME)
+        if GATED:
+            up = tl.load(inner + start + WIDTH, mask=inside & used, other=0.0).to(tl.float32)
+            grad_up = grad_value * weight * value
+            tl.store(grad_inner + start + WIDTH, grad_up.to(grad_inner.dtype.element_ty), mask=inside)
+            value *= up
+            slope *= up
+        dot += grad_value * value
+        tl.store(grad_inner + start, (grad_value * weight * slope).to(grad_inner.dtype.element_ty), mask=inside)
+    tl.store(grad_weights + choice, tl.sum(dot, axis=0).to(grad_weights.dtype.element_ty), mask=used)
+
+
+@torch.library.custom_op("hf_locmoe::gather_rows", mutates_args=())
+def gather_rows(source: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
+    """(T, d) tokens to the (R, d) rows of their choices; empty rows are zeros."""
+    source = source.contiguous()
+    width, num_rows = source.shape[-1], choice_of_row.shape[0]
+    rows = source.new_empty((num_rows, width))
+    if num_rows:
+        _gather_kernel[(num_rows,)](source, choice_of_row, rows, row_of_choice.shape[1], width, _block(width))
+    return rows
+
+
+@torch.library.custom_op("hf_locmoe::combine_rows", mutates_args=())
+def combine_rows(rows: Tensor, row_of_choice: Tensor, choice_of_row: Tensor) -> Tensor:
+    """(R, d) rows to the (T, d) sums over each token's choices."""
+    rows = rows.contiguous()
+    width, (num_tokens, top_k) = rows.shape[-1], row_of_choice.shape
+    output = rows.new_empty((num_tokens, width))
+    if num_tokens:
+        grid = (num_tokens, triton.cdiv(width, _block(width)))
+        _combine_kernel[grid](rows, row_of_choice, output, top_k, width, _block(width))
+    return output
+
+
+@torch.library.custom_op("hf_locmoe::weighted_activation", mutates_args=())
+def weighted_activation(inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool) -> Tensor:
+    """(R, f) or, gated, (R, 2 f) first projections and (T, k) weights to (R, f): activation times the row's weight."""
+    inner, weights = inner.contiguous(), weights.contiguous()
+    num_rows, width = inner.shape[0], inner.shape[1] // (2 if gated else 1)
+    output = inner.new_empty((num_rows, width))
+    if num_rows:
+        grid = (num_rows, triton.cdiv(width, _block(width)))
+        _activate_kernel[grid](inner, weights, choice_of_row, output, activation, gated, width, _block(width))
+    return output
+
+
+@torch.library.custom_op("hf_locmoe::weighted_activation_backward", mutates_args=())
+def _weighted_activation_backward(
+    grad: Tensor, inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool
+) -> tuple[Tensor, Tensor]:
+    grad, inner, weights = grad.contiguous(), inner.contiguous(), weights.contiguous()
+    grad_inner, grad_weights = torch.empty_like(inner), torch.zeros_like(weights)
+    if inner.shape[0]:
+        _activate_backward_kernel[(inner.shape[0],)](
+            grad,
+            inner,
+            weights,
+            choice_of_row,
+            grad_inner,
+            grad_weights,
+            activation,
+            gated,
+            grad.shape[1],
+            _block(grad.shape[1]),
+        )
+    return grad_inner, grad_weights
+
+
+def _block(width: int) -> int:
+    return min(_COLUMNS, triton.next_power_of_2(width))
+
+
+@gather_rows.register_fake
+def _(source, choice_of_row, row_of_choice):
+    return source.new_empty((choice_of_row.shape[0], source.shape[1]))
+
+
+@combine_rows.register_fake
+def _(rows, row_of_choice, choice_of_row):
+    return rows.new_empty((row_of_choice.shape[0], rows.shape[1]))
+
+
+@weighted_activation.register_fake
+def _(inner, weights, choice_of_row, activation, gated):
+    return inner.new_empty((inner.shape[0], inner.shape[1] // (2 if gated else 1)))
+
+
+@_weighted_activation_backward.register_fake
+def _(grad, inner, weights, choice_of_row, activation, gated):
+    return inner.new_empty(inner.shape), weights.new_empty(weights.shape)
+
+
+def _save_indices(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _save_activation(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _gather_backward(ctx, grad):
+    choice_of_row, row_of_choice = ctx.saved_tensors
+    return combine_rows(grad, row_of_choice, choice_of_row), None, None
+
+
+def _combine_backward(ctx, grad):
+    row_of_choice, choice_of_row = ctx.saved_tensors
+    return gather_rows(grad, choice_of_row, row_of_choice), None, None
+
+
+gather_rows.register_autograd(_gather_backward, setup_context=_save_indices)
+combine_rows.register_autograd(_combine_backward, setup_context=_save_indices)
+weighted_activation.register_autograd(
+    lambda ctx, grad: (*_weighted_activation_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None),
+    setup_context=_save_activation,
+)
+
+
+__all__ = ["ACTIVATIONS", "combine_rows", "gather_rows", "weighted_activation"]

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Every Triton kernel against plain torch, forward and backward, on random inputs of odd sizes.
+
+On a CUDA device, or anywhere under Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/unit/moe/test_kernels.py`.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+
+from hf_locmoe.moe import routing
+from hf_locmoe.moe.experts import _rows_by_capacity, _rows_by_expert
+from hf_locmoe.moe.gate import _cosine, block_sums
+from tests.tolerances import assert_close
+
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("the kernels need a CUDA device, or TRITON_INTERPRET=1 set from the start", allow_module_level=True)
+
+from hf_locmoe.moe import gate_kernels, kernels, router_kernels
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """What is not written shows: new memory holds NaN, as far as torch fills it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def compare(fast, slow, inputs, dtype):
+    """Outputs and gradients of two functions of the same leaves; the reference in float64, errors by the greatest value."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    output, expected = fast(*leaves), slow(*exact)
+    direction = torch.randn(expected.shape, dtype=torch.float64, device=expected.device).to(output.dtype)
+    grads = torch.autograd.grad(output, leaves, direction)
+    references = torch.autograd.grad(expected, exact, direction.double())
+    for actual, wanted in zip((output, *grads), (expected, *references)):
+        scale = wanted.detach().abs().max().clamp_min(1e-6)
+        assert_close(actual.detach().double() / scale, wanted.detach() / scale, dtype)
+
+
+def layout(num_tokens, num_experts, k, capacity):
+    index = torch.rand(num_tokens, num_experts, device=DEVICE).topk(k).indices
+    index[::3] = index[:1].clone()  # uneven loads, experts without a token
+    if capacity is None:
+        row_of_choice, choice_of_row, _ = _rows_by_expert(index, num_experts)
+    else:
+        weights = torch.ones(index.shape, device=DEVICE)
+        row_of_choice, choice_of_row = _rows_by_capacity(index, weights, num_experts, capacity)
+    return row_of_choice, choice_of_row
+
+
+LAYOUTS = [(7, 3, 1, None), (13, 5, 3, None), (13, 5, 3, 4), (9, 4, 2, 20), (1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("num_tokens, num_experts, k, capacity", LAYOUTS)
+def test_layouts_are_inverse(num_tokens, num_experts, k, capacity):
+    row_of_choice, choice_of_row = layout(num_tokens, num_experts, k, capacity)
+    rows = row_of_choice.flatten()
+    placed = rows >= 0
+    choices = torch.arange(rows.numel(), device=DEVICE)
+    assert torch.equal(choice_of_row[rows[placed]], choices[placed])
+    assert (choice_of_row >= 0).sum() == placed.sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 24, 1030])
+@pytest.mark.parametrize("num_tokens, num_experts, k, capacity", LAYOUTS)
+def test_gather_and_combine(num_tokens, num_experts, k, capacity, width, dtype):
+    row_of_choice, choice_of_row = layout(num_tokens, num_experts, k, capacity)
+
+    def padded(x):
+        return torch.cat([x, torch.zeros_like(x[:1])])
+
+    tokens = torch.randn(num_tokens, width, device=DEVICE, dtype=dtype)
+    compare(
+        lambda x: kernels.gather_rows(x, choice_of_row, row_of_choice),
+        lambda x: padded(x)[choice_of_row // k],
+        [tokens],
+        dtype,
+    )
+    rows = torch.randn(choice_of_row.shape[0], width, device=DEVICE, dtype=dtype)
+    compare(
+        lambda x: kernels.combine_rows(x, row_of_choice, choice_of_row),
+        lambda x: padded(x)[row_of_choice].sum(1),
+        [rows],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [3, 1100])
+def test_weighted_activation(width, activation, gated, dtype):
+    _, choice_of_row = layout(6, 4, 2, 4)
+    function = ACTIVATIONS[activation]
+
+    def reference(inner, weights):
+        weight = torch.cat([weights.flatten(), weights.new_zeros(1)])[choice_of_row, None]
+        if gated:
+            return function(inner[:, :width]) * inner[:, width:] * weight
+        return function(inner) * weight
+
+    inner = torch.randn(choice_of_row.shape[0], 2 * width if gated else width, device=DEVICE, dtype=dtype)
+    weights = torch.rand(6, 2, device=DEVICE, dtype=dtype)
+    compare(
+        lambda x, w: kernels.weighted_activation(x, w, choice_of_row, activation, gated),
+        reference,
+        [inner, weights],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize(
+    "num_tokens, hidden_size, num_experts",
+    [(5, 24, 3), (3, 20, 8), (6, 64, 16), (4, 37, 5), (2, 30, 30), (9, 16, 1), (3, 7168, 256), (2, 2000, 48)],
+)
+def test_pooling(num_tokens, hidden_size, num_experts, cosine, dtype):
+    hidden_states = torch.randn(num_tokens, hidden_size, device=DEVICE, dtype=dtype)
+    hidden_states[0] = 0
+    sizes = [(i + 1) * hidden_size // num_experts - i * hidden_size // num_experts for i in range(num_experts)]
+    norms = torch.tensor(sizes, dtype=torch.float64, device=DEVICE).sqrt()
+
+    def reference(x):
+        projection = block_sums(x, sizes) / norms
+        return math.sqrt(hidden_size) * _cosine(projection, x) if cosine else projection / norms
+
+    compare(lambda x: gate_kernels.pool_affinity(x, num_experts, cosine), reference, [hidden_states], dtype)
+
+
+@pytest.mark.parametrize("num_tokens, num_experts, k", [(5, 3, 1), (700, 16, 2), (3, 64, 8), (33, 7, 7), (4, 256, 3)])
+def test_top_k_breaks_ties_by_the_lower_index(num_tokens, num_experts, k):
+    values = torch.randn(num_tokens, num_experts, device=DEVICE).round(decimals=1)
+    expected = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(router_kernels.top_k_of_router(values, k), expected)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("num_tokens, num_experts, k", [(5, 3, 1), (700, 16, 2), (3, 64, 8), (4, 256, 3)])
+def test_route_sums(num_tokens, num_experts, k, masked, limited):
+    logits = torch.randn(num_tokens, num_experts, device=DEVICE)
+    logits[:, 1:][torch.rand(num_tokens, num_experts - 1, device=DEVICE) > 0.8] = -float("inf")
+    index = logits.topk(k).indices
+    mask = torch.rand(num_tokens, device=DEVICE) > 0.4 if masked else None
+    dropped = torch.rand(num_tokens, k, device=DEVICE) > 0.5 if limited else None
+    rerouted = ~dropped & (torch.rand(num_tokens, k, device=DEVICE) > 0.5) if limited else None
+    compare(
+        lambda x: router_kernels.route_sums(x, index, mask, dropped, rerouted)[0],
+        lambda x: routing._plain_sums(x, index, mask, dropped, rerouted)[0],
+        [logits],
+        torch.float32,
+    )
+    expected = torch.stack(routing._plain_sums(logits, index, mask, dropped, rerouted))
+    assert_close(router_kernels.route_sums(logits, index, mask, dropped, rerouted), expected)
+
+
+def test_no_tokens():
+    none, no_choice = torch.empty(0, 8, device=DEVICE), torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
+    assert kernels.gather_rows(none, no_choice.flatten(), no_choice).shape == (0, 8)
+    assert kernels.combine_rows(none, no_choice, no_choice.flatten()).shape == (0, 8)
+    assert gate_kernels.pool_affinity(none, 4, True).shape == (0, 4)
+    assert not router_kernels.route_sums(none, no_choice).any()
