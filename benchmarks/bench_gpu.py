@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -26,11 +27,19 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("these benchmarks need a CUDA device, and torch finds none")
+    failed = []
     for part in args.parts:
         started = time.monotonic()
-        record = PARTS[part]()
+        try:
+            record = PARTS[part]()
+        except Exception:  # the other parts' results are worth having
+            traceback.print_exc()
+            failed.append(part)
+            continue
         record.write(args.hardware, args.output)
         print(f"\n{part}, {time.monotonic() - started:.0f} s\n{record.table()}\n", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def measure(shape: str, rate: float) -> dict:
 
     def without_kernels(run):
         with (
-            mock.patch.object(experts_module, "_kernels_run_on", lambda x: False),
+            mock.patch.object(experts_module, "_kernels_run_on", return_value=False),
             mock.patch.object(routing, "route_sums", None),
             mock.patch.object(routing, "top_k_of_router", None),
             mock.patch.object(gate, "pool_affinity", None),
