@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from hf_locmoe.moe import routing
 from hf_locmoe.moe.experts import _rows_by_capacity, _rows_by_expert
@@ -174,6 +175,24 @@ def test_route_sums(num_tokens, num_experts, k, masked, limited):
     )
     expected = torch.stack(routing._plain_sums(logits, index, mask, dropped, rerouted))
     assert_close(router_kernels.route_sums(logits, index, mask, dropped, rerouted), expected)
+
+
+def test_saved_tensors_are_unpacked_once():
+    """Activation checkpointing refuses to unpack them again."""
+    row_of_choice, choice_of_row = layout(9, 4, 2, None)
+    weights = torch.rand(9, 2, device=DEVICE).requires_grad_()
+
+    def run(x):
+        rows = kernels.gather_rows(x, choice_of_row, row_of_choice)
+        rows = kernels.weighted_activation(rows, weights, choice_of_row, "silu", False)
+        affinity = gate_kernels.pool_affinity(x, 4, True)
+        sums = router_kernels.route_sums(affinity, row_of_choice[:, :1] % 4)
+        return kernels.combine_rows(rows, row_of_choice, choice_of_row).sum() + sums[0].square().sum()
+
+    x = torch.randn(9, 8, device=DEVICE).requires_grad_()
+    expected = torch.autograd.grad(run(x), [x, weights])
+    actual = torch.autograd.grad(torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False), [x, weights])
+    assert_close(actual, expected)
 
 
 def test_no_tokens():
