@@ -195,6 +195,8 @@ def main(argv: list[str] | None = None) -> list[tuple[str, float, float, str]]:
 
 def where_things_are(out: Path) -> str:
     """The last lines: what was made, and what to run next."""
+    python = Path(sys.executable)  # the one that has the packages, as it can be typed here
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     made = {
         "the model and its card": f"{out / 'locmoe'}, {out / 'locmoe' / 'README.md'}",
         "how it routes, figures": f"{out / 'locmoe' / 'report' / 'routing.html'}, *.png",
@@ -202,10 +204,10 @@ def where_things_are(out: Path) -> str:
         "the text": out / "corpus",
     }
     following = {
-        "generate": f'python recipes/generate.py --model_name_or_path {out / "locmoe"} --prompts "class "',
-        "on your own text": "python recipes/pretrain.py recipes/configs/tiny_cpu.yaml --train_file my.txt "
+        "generate": f'{python} recipes/generate.py --model_name_or_path {out / "locmoe"} --prompts "class "',
+        "on your own text": f"{python} recipes/pretrain.py recipes/configs/tiny_cpu.yaml --train_file my.txt "
         "--validation_file my_validation.txt",
-        "adapt it with LoRA": f"python recipes/finetune_lora.py --model_name_or_path {out / 'locmoe'} "
+        "adapt it with LoRA": f"{python} recipes/finetune_lora.py --model_name_or_path {out / 'locmoe'} "
         "--train_file my.txt --output_dir runs/lora --block_size 128",
         "more": "recipes/README.md",
     }
