@@ -313,7 +313,9 @@ class LocMoeConfig(PreTrainedConfig):
             raise ValueError(f"`hidden_act` ({self.hidden_act}) must be one of {sorted(ACT2FN)}.")
         rope_types, rope_type = ["default", *ROPE_INIT_FUNCTIONS], self.rope_parameters["rope_type"]
         if rope_type not in rope_types:
-            raise ValueError(f"`rope_parameters` has `rope_type` ({rope_type}), which must be one of {sorted(set(rope_types))}.")
+            raise ValueError(
+                f"`rope_parameters` has `rope_type` ({rope_type}), which must be one of {sorted(set(rope_types))}."
+            )
 
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

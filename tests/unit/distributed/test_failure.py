@@ -20,7 +20,9 @@ def explain(calls):
     """`calls`: (desk, call) of every rank in trouble, all at once -> their messages."""
     messages = {}
     threads = [
-        threading.Thread(target=lambda rank=rank, desk=desk, call=call: messages.update({rank: str(desk.explain(call, "boom"))}))
+        threading.Thread(
+            target=lambda rank=rank, desk=desk, call=call: messages.update({rank: str(desk.explain(call, "boom"))})
+        )
         for rank, (desk, call) in enumerate(calls)
     ]
     for thread in threads:
