@@ -187,6 +187,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, float, float, str]]:
         total, active = parameter_counts(folder)
         rows.append((name, metrics["train_perplexity"], metrics["eval_perplexity"], f"{total:,} ({active:,})"))
     print(perplexity_table(rows))
+    print("one setting for all, chosen for the LocMoE on this text: see recipes/README.md")
     table = [{"model": row[0], "train_perplexity": row[1], "validation_perplexity": row[2]} for row in rows]
     (out / "perplexities.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     print(where_things_are(out))
