@@ -120,7 +120,7 @@ class CapacityRule(nn.Module):
 
     `"critical"` takes the lower bound of Theorem 1 from the run itself: over the first `critical_capacity_steps` optimizer
     steps nothing is dropped and the `critical_capacity_quantile` of the token-gate cosines is averaged (buffer
-    `cos_angle`); after that the capacity is `min(T k, max(ceil(4.6 ec_min), ceil(T k / n)))`. Where more than
+    `cos_angle`); after that the capacity is `min(T, max(ceil(4.6 ec_min), ceil(T k / n)))`. Where more than
     `critical_max_drop_rate` of the assignments are then dropped, the capacity is raised to the one that drops about one
     per cent of them at the loads seen (buffer `min_factor`), and the bound is a floor.
     """
@@ -182,7 +182,7 @@ class CapacityRule(nn.Module):
             return None
         bound = critical_capacity(min_capacity, num_tokens, self.num_experts, self.top_k)
         floor = math.ceil(num_tokens * self.top_k * min_factor / self.num_experts)
-        return min(max(bound, floor), num_tokens * self.top_k)
+        return min(max(bound, floor), num_tokens)  # a token reaches an expert once
 
     @torch.no_grad()
     def update_state(self, router_stats: torch.Tensor) -> None:
