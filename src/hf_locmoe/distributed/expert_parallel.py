@@ -230,9 +230,16 @@ class LocMoeEP(EPImplementation):
         label = f"MoE layer {resources.num_layers}"
         resources.num_layers += 1
         self.peers = Peers(topology, resources.rank, resources.group, resources.node_group, device, label)
+        experts.locmoe_expert_parallel = self
         self._slices: int | None = None  # what "auto" came to
         self._choices: tuple[FanOut, int] | None = None
         self._recomputation = Recomputation()
+
+    @property
+    def node_of_expert(self) -> tuple[int, ...]:
+        """The node that every expert lives on, by the numbers of the job's nodes; `num_experts` entries."""
+        topology, job = self.peers.topology, job_topology()
+        return tuple(job.node_of_rank(topology.global_ranks[rank]) for rank in topology.expert_to_rank)
 
     def __call__(self, hidden_states, top_k_index, top_k_weights):
         num_tokens = hidden_states.size(0)
@@ -360,6 +367,12 @@ class LocMoeEP(EPImplementation):
                 "sequence."
             )
         return fixed_capacity(most_tokens * num_top_k, options.capacity_factor, options.remote_share, peers.topology)
+
+
+def expert_parallel_layers(model: torch.nn.Module) -> list[LocMoeEP]:
+    """The expert parallelism of a model's MoE layers, in their order; empty where the model has none of this kind."""
+    layers = (getattr(module, "locmoe_expert_parallel", None) for module in model.modules())
+    return [layer for layer in layers if layer is not None]
 
 
 def fixed_capacity(

@@ -29,6 +29,56 @@ from .router_scope import RouterScope
 logger = logging.get_logger(__name__)
 
 
+BATCH_PLACEMENTS = ("off", "micro_batch", "step")
+
+
+@dataclass(frozen=True)
+class LocalityOptions:
+    """
+    What a run does to keep tokens on their node. Without effect where the experts are on one node.
+
+    Args:
+        batch_placement (`str`, defaults to `"micro_batch"`): Among which samples a rank's are chosen: those of all ranks in
+            a micro-batch, in an optimizer step (`"step"`: all accumulation steps), or none but its own (`"off"`).
+        domain_column (`str`, *optional*): A column of the batches, of shape `(B,)`, int64, that names each sample's domain;
+            statistics then go by domain in the place of token ids.
+        expert_placement_steps (`int`, defaults to 0): Optimizer steps between two placements of the experts; 0 for none.
+        locality_warmup_steps (`int`, defaults to 0): Steps over which the locality loss rises to its full weight.
+        locality_target_share (`float`, *optional*): Node-local share of a layer's tokens from which its locality loss rests.
+        node_bias_target (`float`, *optional*): Node-local share that a bias on the selection of experts steers to, in
+            training; no bias if not given.
+        inter_node_capacity_factor (`float`, *optional*): A rank's assignments to experts of other nodes, in training, are at
+            most this factor times those of uniform routing; no limit if not given.
+    """
+
+    batch_placement: str = "micro_batch"
+    domain_column: str | None = None
+    expert_placement_steps: int = 0
+    locality_warmup_steps: int = 0
+    locality_target_share: float | None = None
+    node_bias_target: float | None = None
+    inter_node_capacity_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_placement not in BATCH_PLACEMENTS:
+            raise ValueError(
+                f"`batch_placement` ({self.batch_placement}) must be one of {', '.join(map(repr, BATCH_PLACEMENTS))}: use "
+                "one of these."
+            )
+        for name in ("expert_placement_steps", "locality_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be 0 or more: 0 turns it off.")
+        for name in ("locality_target_share", "node_bias_target"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"`{name}` ({value}) must be above 0 and at most 1: it is a share; or leave it out.")
+        factor = self.inter_node_capacity_factor
+        if factor is not None and factor < 0:
+            raise ValueError(
+                f"`inter_node_capacity_factor` ({factor}) must be 0 or more: 1.0 is what uniform routing sends off a node."
+            )
+
+
 @dataclass(frozen=True)
 class ParallelRun:
     """
@@ -47,6 +97,7 @@ class ParallelRun:
         options ([`ExpertParallelOptions`], *optional*): Of the exchange; the environment's if not given.
         config_overrides (`tuple` of pairs, defaults to none): Fields of a [`LocMoeConfig`] and their values in this run.
             They are not saved with the model.
+        locality ([`LocalityOptions`]): How tokens are kept on their node.
     """
 
     layout: str = "auto"
@@ -58,6 +109,7 @@ class ParallelRun:
     memory_limit_bytes: float | None = None
     options: ExpertParallelOptions | None = None
     config_overrides: tuple[tuple[str, Any], ...] = ()
+    locality: LocalityOptions = LocalityOptions()
 
     def override(self, config: Any) -> Any:
         """A config for this run: the same one where nothing is overridden, or where it is another architecture's."""
@@ -266,6 +318,8 @@ def join_run(model: Any) -> None:
 
 
 __all__ = [
+    "BATCH_PLACEMENTS",
+    "LocalityOptions",
     "ParallelRun",
     "ParallelRunMixin",
     "check_tied_vocabulary",

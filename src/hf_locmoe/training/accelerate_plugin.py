@@ -15,7 +15,7 @@ from transformers.distributed import DistributedConfig
 
 from ..distributed.expert_parallel import ExpertParallelOptions, job_topology
 from ..distributed.layouts import LAYOUTS, ModelSize
-from ..distributed.parallel_run import ParallelRun, set_parallel_run
+from ..distributed.parallel_run import LocalityOptions, ParallelRun, set_parallel_run
 from ..distributed.topology import NodeTopology
 
 
@@ -64,6 +64,9 @@ class LocMoePlugin:
         timeout_s (`float`, defaults to 600): Seconds after which a collective that waits for a lost rank fails.
         router_aux_loss_coef, locality_loss_coef, balance_bias_update_rate, capacity_mode, expert_capacity_factor
             (*optional*): Used in this run in the place of the checkpoint's.
+        batch_placement, domain_column, expert_placement_steps, locality_warmup_steps, locality_target_share,
+            node_bias_target, inter_node_capacity_factor: What keeps tokens on their node, see
+            [`~hf_locmoe.distributed.parallel_run.LocalityOptions`].
         async_save (`bool`, defaults to `False`): Whether checkpoints are written while training goes on.
         telemetry (`bool`, defaults to `True`): Whether routing is logged.
     """
@@ -89,6 +92,13 @@ class LocMoePlugin:
     balance_bias_update_rate: float | None = None
     capacity_mode: str | None = None
     expert_capacity_factor: float | None = None
+    batch_placement: str = "micro_batch"
+    domain_column: str | None = None
+    expert_placement_steps: int = 0
+    locality_warmup_steps: int = 0
+    locality_target_share: float | None = None
+    node_bias_target: float | None = None
+    inter_node_capacity_factor: float | None = None
     async_save: bool = False
     telemetry: bool = True
 
@@ -102,6 +112,7 @@ class LocMoePlugin:
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` ({value}) must be positive: set it to 1 or more, or leave it out.")
         self.expert_parallel_options()
+        self.locality_options()
 
     # ---- where the choices come from ----------------------------------------------------------------------------
 
@@ -163,6 +174,9 @@ class LocMoePlugin:
             backend=None if self.backend in (None, "none") else self.backend,
         )
 
+    def locality_options(self) -> LocalityOptions:
+        return LocalityOptions(**{field.name: getattr(self, field.name) for field in fields(LocalityOptions)})
+
     def parallel_run(self) -> ParallelRun:
         overrides = {name: getattr(self, name) for name in _OVERRIDES if getattr(self, name) is not None}
         return ParallelRun(
@@ -175,6 +189,7 @@ class LocMoePlugin:
             memory_limit_bytes=None if self.memory_limit_gb is None else self.memory_limit_gb * 1e9,
             options=self.expert_parallel_options(),
             config_overrides=tuple(overrides.items()),
+            locality=self.locality_options(),
         )
 
     def topology(self) -> NodeTopology:
