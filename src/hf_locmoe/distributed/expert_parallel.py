@@ -158,6 +158,7 @@ class _GroupResources:
     node_group: Any
     topology: NodeTopology
     rank: int
+    job_node_of_rank: tuple[int, ...]  # of every rank of the group
     num_layers: int = 0
     cost: CostModel | None = None
 
@@ -183,7 +184,8 @@ def _resources_of(mesh_group: Any, backend: str | None) -> _GroupResources:
     known = _resources.setdefault(mesh_group, {})
     if backend not in known:
         ranks = dist.get_process_group_ranks(mesh_group)
-        topology = job_topology().subset(ranks)
+        job = job_topology()
+        topology = job.subset(ranks)
         rank = dist.get_group_rank(mesh_group, dist.get_rank())
         group = mesh_group
         if backend is not None:
@@ -192,7 +194,9 @@ def _resources_of(mesh_group: Any, backend: str | None) -> _GroupResources:
         node_group = None
         if 1 < len(node_ranks) < len(ranks):
             node_group = dist.new_group(node_ranks, use_local_synchronization=True)
-        known[backend] = _GroupResources(group, node_group, topology, rank)
+        known[backend] = _GroupResources(
+            group, node_group, topology, rank, tuple(job.node_of_rank(member) for member in ranks)
+        )
     return known[backend]
 
 
@@ -231,6 +235,7 @@ class LocMoeEP(EPImplementation):
         resources.num_layers += 1
         self.peers = Peers(topology, resources.rank, resources.group, resources.node_group, device, label)
         experts.locmoe_expert_parallel = self
+        self.newest_routes: torch.Tensor | None = None  # (T, k) experts of the newest training forward
         self._slices: int | None = None  # what "auto" came to
         self._choices: tuple[FanOut, int] | None = None
         self._recomputation = Recomputation()
@@ -238,11 +243,12 @@ class LocMoeEP(EPImplementation):
     @property
     def node_of_expert(self) -> tuple[int, ...]:
         """The node that every expert lives on, by the numbers of the job's nodes; `num_experts` entries."""
-        topology, job = self.peers.topology, job_topology()
-        return tuple(job.node_of_rank(topology.global_ranks[rank]) for rank in topology.expert_to_rank)
+        return tuple(self.resources.job_node_of_rank[rank] for rank in self.peers.topology.expert_to_rank)
 
     def __call__(self, hidden_states, top_k_index, top_k_weights):
         num_tokens = hidden_states.size(0)
+        if self.experts.training:
+            self.newest_routes = top_k_index
         if self.tp_mesh.size() > 1:
             # A local chunk; its backward gathers the rows' gradients.
             hidden_states, top_k_index, top_k_weights = (

@@ -17,6 +17,7 @@ from ..distributed.expert_parallel import ExpertParallelOptions, job_topology
 from ..distributed.layouts import LAYOUTS, ModelSize
 from ..distributed.parallel_run import LocalityOptions, ParallelRun, set_parallel_run
 from ..distributed.topology import NodeTopology
+from .batch_placement import PlacedBatches, batch_placement_for
 
 
 PREFIX = "LOCMOE_"
@@ -191,6 +192,27 @@ class LocMoePlugin:
             config_overrides=tuple(overrides.items()),
             locality=self.locality_options(),
         )
+
+    def place_batches(self, loader: Any, model: Any) -> Any:
+        """
+        A prepared dataloader whose samples are dealt to the nodes of their experts, for a loop of your own; the loader itself
+        where there is nothing to place. After the model, on all ranks; [`LocMoeTrainer`] does it by itself.
+
+        Args:
+            loader (iterable): Gives dicts of tensors with one entry per sample.
+            model: The model that is trained, spread over the ranks.
+
+        Raises:
+            ValueError: With `batch_placement="step"`, for which the loop would have to hand over a step's micro-batches at
+                once: use "micro_batch".
+        """
+        if self.batch_placement == "step":
+            raise ValueError(
+                "`batch_placement` ('step') needs all micro-batches of a step at once, which a dataloader does not give: use "
+                "'micro_batch' in a loop of your own."
+            )
+        placement = batch_placement_for(model)
+        return loader if placement is None else PlacedBatches(loader, placement)
 
     def topology(self) -> NodeTopology:
         """Nodes and ranks of the job; with the default process group initialised, or by hand."""

@@ -19,6 +19,7 @@ import os
 import tempfile
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+from ..distributed.parallel_run import current_parallel_run
 from ..pretrained_io import CheckpointError
+from .batch_placement import BatchPlacement, batch_placement_for
 from .checkpoint_folder import (
     GUARD_OFF,
     STATE_FOLDER,
@@ -81,8 +84,40 @@ class LocMoeTrainer(Trainer):
     def __init__(self, model=None, args=None, *positional, **named):
         self._write: _BackgroundWrite | None = None
         self._write_group: dist.ProcessGroup | None = None
+        self._placement: BatchPlacement | None = None
+        self._placed_model: Any = None
         with _without_upstream_refusal(args):
             super().__init__(model, args, *positional, **named)
+
+    # ---- which node computes which sample ---------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        placement = self.batch_placement()
+        if placement is not None:
+            batches = placement.place(batches)
+        return batches, num_items_in_batch
+
+    def batch_placement(self) -> BatchPlacement | None:
+        """The run's placement of batches and its statistics; None where there is nothing to place. All ranks call it."""
+        if self.model is not self._placed_model:
+            self._placed_model = self.model
+            self._placement = batch_placement_for(self.model)
+            if self._placement is not None and not self._loss_is_over_the_step():
+                self._placement.options = replace(self._placement.options, batch_placement="off")
+        return self._placement
+
+    def _loss_is_over_the_step(self) -> bool:
+        """Whether a step's loss is one mean over all its targets, wherever they are computed."""
+        if self.model_accepts_loss_kwargs and self.args.average_tokens_across_devices:
+            return True
+        if is_first_rank() and current_parallel_run().locality.batch_placement != "off":
+            logger.warning(
+                "Samples stay on the ranks that read them: with `average_tokens_across_devices` (False), or a model without "
+                "`num_items_in_batch`, a sample's weight in the loss depends on the rank that computes it. Set "
+                "`average_tokens_across_devices` to True, or `batch_placement` to 'off'."
+            )
+        return False
 
     # ---- saving -------------------------------------------------------------------------------------------------
 
@@ -143,7 +178,9 @@ class LocMoeTrainer(Trainer):
                 "use another optimizer, or pass `--save_only_model`."
             ) from error
         buffers = {} if isinstance(self.model, PreTrainedModel) else router_state(self.model)
+        placement = self.batch_placement()
         return {
+            "placement": packed(None if placement is None else placement.table.state_dict()),
             "optimizer": state,
             "router_state": packed(buffers),
             "scheduler": packed(self.lr_scheduler.state_dict()),
@@ -277,6 +314,9 @@ class LocMoeTrainer(Trainer):
             return
         load_optimizer_state(self.model, self.optimizer, folder)
         load_scheduler_state(self.lr_scheduler, read_packed(folder, "scheduler"), self.optimizer)
+        placement, statistics = self.batch_placement(), read_packed(folder, "placement")
+        if placement is not None and statistics is not None:
+            placement.table.load_state_dict(statistics)
         run, batch_size = read_packed(folder, "run"), self.get_total_train_batch_size(self.args)
         if run["total_batch_size"] != batch_size and not self.args.ignore_data_skip and is_first_rank():
             logger.warning(
