@@ -22,7 +22,7 @@ from .configuration_locmoe import LocMoeConfig
 from .moe.baseline_gates import HashGate, SwitchGate
 from .moe.experts import LocMoeExperts, LocMoeGatedExperts
 from .moe.gate import LocMoeGate
-from .moe.overflow import CapacityRule, limit_to_capacity
+from .moe.overflow import CapacityRule, RemoteTier, limit_to_capacity
 from .moe.routing import Router, router_statistics
 
 
@@ -53,6 +53,7 @@ class LocMoeSparseMoeBlock(nn.Module):
         self.gate = GATES[config.gate_type](config, layer_idx)
         self.capacity_rule = CapacityRule(config)
         self.capacity_overflow = config.capacity_overflow
+        self.remote_tier: RemoteTier | None = None  # a run's, set where the experts are on several nodes
         self.experts = (LocMoeGatedExperts if config.gated_mlp else LocMoeExperts)(config)
         self.shared_experts = None
         if config.num_shared_experts:
@@ -73,9 +74,10 @@ class LocMoeSparseMoeBlock(nn.Module):
         logits, weights, wanted = self.gate(tokens, input_ids, domain_ids)
         index, dropped, rerouted = wanted, None, None
         capacity = self.capacity_rule.capacity(tokens.shape[0])
-        if capacity is not None:
+        remote_tier = self.remote_tier if self.training else None
+        if capacity is not None or remote_tier is not None:
             index, weights, dropped, rerouted = limit_to_capacity(
-                wanted, weights, logits, capacity, self.capacity_overflow, token_mask
+                wanted, weights, logits, capacity, self.capacity_overflow, token_mask, remote_tier
             )
         self.experts.expert_capacity = capacity
         output = self.experts(tokens, index, weights.to(tokens.dtype))

@@ -38,7 +38,7 @@ from .layers_locmoe import LocMoeAttention, LocMoeDecoderLayer, LocMoeSparseMoeB
 from .moe.baseline_gates import HashGate, SwitchGate
 from .moe.experts import LocMoeExperts, LocMoeGatedExperts
 from .moe.losses import load_balancing_loss, locality_loss
-from .moe.overflow import CapacityRule
+from .moe.overflow import CapacityRule, RemoteTier
 from .moe.routing import Router, RouterStat
 from .pretrained_io import SafePretrainedMixin
 
@@ -176,6 +176,8 @@ class LocMoePreTrainedModel(ParallelRunMixin, SafePretrainedMixin, PreTrainedMod
             return router_aux_loss, torch.zeros_like(router_aux_loss)
         near = near.to(node_prob_sum.device)
         locality = locality_loss(node_prob_sum, num_node_tokens, near, self.config.locality_remote_share)
+        if scope.locality_scale is not None:
+            locality = locality * scope.locality_scale.to(locality.device)
         return router_aux_loss, locality.mean()
 
     def weighted_router_loss(self, router_aux_loss: torch.Tensor, locality: torch.Tensor) -> torch.Tensor:
@@ -203,6 +205,17 @@ class LocMoePreTrainedModel(ParallelRunMixin, SafePretrainedMixin, PreTrainedMod
             hidden_sum = None if router_hidden_sum is None else router_hidden_sum[layer]
             block.gate.update_state(router_stats[layer, RouterStat.TOKENS], hidden_sum)
             block.capacity_rule.update_state(router_stats[layer])
+
+    def limit_inter_node(self, node_local_experts: torch.Tensor, factor: float) -> None:
+        """
+        From here on, in training, a hard ceiling on the assignments that leave this rank's node: see [`RemoteTier`].
+
+        Args:
+            node_local_experts (`torch.Tensor` of shape `(L, n)`): Boolean, the experts of this rank's node.
+            factor (`float`): Of what uniform routing would send to other nodes.
+        """
+        for experts, block in zip(node_local_experts, self.sparse_blocks, strict=True):
+            block.remote_tier = RemoteTier(experts, factor)
 
     def resize_token_embeddings(self, *args, **kwargs):
         embeddings = super().resize_token_embeddings(*args, **kwargs)

@@ -25,6 +25,7 @@ from .modeling_locmoe import (
 )
 from .moe.experts import capacity_bmm_experts_forward
 from .training.checkpoint_folder import ResumeGuardCallback
+from .training.locality import LocalityCallback
 from .training.telemetry import RouterStateCallback, RoutingStatsCallback
 from .training.trainer_card import ModelCardCallback, let_trainer_write_our_card
 
@@ -41,6 +42,9 @@ MODEL_CLASSES = {
     AutoModelForSequenceClassification: LocMoeForSequenceClassification,
     AutoModelForTokenClassification: LocMoeForTokenClassification,
 }
+
+
+CALLBACKS = (ResumeGuardCallback, RouterStateCallback, LocalityCallback, RoutingStatsCallback, ModelCardCallback)
 
 
 def register() -> None:
@@ -60,7 +64,7 @@ def register() -> None:
     for model_class in MODEL_CLASSES.values():
         setattr(transformers, model_class.__name__, model_class)
     # ahead of the trackers' callbacks, which read the logs that the second writes
-    for callback in (ResumeGuardCallback, RouterStateCallback, RoutingStatsCallback, ModelCardCallback):
+    for callback in CALLBACKS:
         if callback not in DEFAULT_CALLBACKS:
             DEFAULT_CALLBACKS.append(callback)
     LocMoePreTrainedModel.model_card_writer = staticmethod(write_model_card)

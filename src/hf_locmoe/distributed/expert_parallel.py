@@ -59,7 +59,9 @@ class ExpertParallelOptions:
             Most tokens a rank has in one forward, needed with `capacity_factor`: shapes must be the same on all ranks.
         remote_share (`float`, *optional*):
             Share of the assignments that is expected to leave its node, which sizes the two tiers of room under
-            `capacity_factor`. The share under uniform routing when left out.
+            `capacity_factor`. When left out, `inter_node_capacity_factor` times the share under uniform routing.
+        inter_node_capacity_factor (`float`, *optional*):
+            Of the run, see [`~hf_locmoe.distributed.parallel_run.LocalityOptions`]; here it sizes the tiers.
         backend (`str`, *optional*):
             Process-group backend for the exchanges, for example `"locmoe"`; the mesh's own group when left out.
     """
@@ -70,6 +72,7 @@ class ExpertParallelOptions:
     capacity_factor: float | None = None
     max_tokens_per_rank: int | None = None
     remote_share: float | None = None
+    inter_node_capacity_factor: float | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +114,7 @@ class ExpertParallelOptions:
             "capacity_factor": float,
             "max_tokens_per_rank": int,
             "remote_share": float,
+            "inter_node_capacity_factor": float,
         }
         values: dict[str, Any] = {}
         for name in (option.name for option in fields(cls)):
@@ -372,7 +376,11 @@ class LocMoeEP(EPImplementation):
                 f"forward ({num_tokens * self.tp_mesh.size()}): set it to the batch size of a rank times the longest "
                 "sequence."
             )
-        return fixed_capacity(most_tokens * num_top_k, options.capacity_factor, options.remote_share, peers.topology)
+        share = options.remote_share
+        if share is None and options.inter_node_capacity_factor is not None:
+            uniform = 1 - min(peers.topology.node_sizes) / peers.num_ranks
+            share = min(1.0, options.inter_node_capacity_factor * uniform)
+        return fixed_capacity(most_tokens * num_top_k, options.capacity_factor, share, peers.topology)
 
 
 def expert_parallel_layers(model: torch.nn.Module) -> list[LocMoeEP]:

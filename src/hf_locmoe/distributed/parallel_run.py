@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,12 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
-from .expert_parallel import ExpertParallelOptions, expert_parallel_options, job_topology
+from .expert_parallel import (
+    ExpertParallelOptions,
+    expert_parallel_layers,
+    expert_parallel_options,
+    job_topology,
+)
 from .layouts import ModelSize, SpreadLayoutMixin, choose_layout, layout_config, predict_layouts
 from .router_scope import RouterScope
 
@@ -306,15 +311,40 @@ def join_run(model: Any) -> None:
     if not hasattr(base_model, "router_scope"):
         return
     topology = job_topology()
-    node = topology.node_of_rank(dist.get_rank())
-    near = None
-    distributed_config = model.config.distributed_config
-    if distributed_config.ep_size > 1:
+    base_model.router_scope = RouterScope(num_nodes=topology.num_nodes, node=topology.node_of_rank(dist.get_rank()))
+    factor = (_run or ParallelRun()).locality.inter_node_capacity_factor
+    near = find_node_local_experts(model)
+    if factor is None:
+        return
+    if near is not None:
+        model.limit_inter_node(near, factor)
+    elif dist.get_rank() == 0:
+        logger.warning(f"`inter_node_capacity_factor` ({factor}) has no effect: no experts are on other nodes.")
+
+
+def find_node_local_experts(model: Any) -> torch.Tensor | None:
+    """
+    Tells a sharded LocMoe model which experts live on this rank's node, and tells the caller: boolean of shape `(L, n)`,
+    None where all do. To be called again when experts have moved. No collective.
+    """
+    scope, layers = model.base_model.router_scope, expert_parallel_layers(model)
+    if layers:
+        nodes = [layer.node_of_expert for layer in layers]
+    elif model.config.distributed_config.ep_size > 1:  # another implementation, whose placement is contiguous
         ranks = dist.get_process_group_ranks(model._mesh_manager.get_mesh("ep").get_group())
-        experts = topology.subset(ranks).with_experts(model.config.num_experts)
-        if experts.num_nodes > 1:
-            near = torch.tensor(experts.node_local_experts(ranks.index(dist.get_rank())))
-    base_model.router_scope = RouterScope(num_nodes=topology.num_nodes, node=node, node_local_experts=near)
+        job = job_topology()
+        placed = job.subset(ranks).with_experts(model.config.num_experts)
+        nodes = [tuple(job.node_of_rank(ranks[rank]) for rank in placed.expert_to_rank)] * len(model.sparse_blocks)
+    else:
+        return None
+    if len(set(nodes[0])) == 1:
+        return None
+    near = torch.tensor([[node == scope.node for node in layer] for layer in nodes], device=model.device)
+    model.base_model.router_scope = replace(scope, node_local_experts=near)
+    for experts, block in zip(near, model.sparse_blocks, strict=True):
+        if block.remote_tier is not None:
+            block.remote_tier.place(experts)
+    return near
 
 
 __all__ = [
@@ -325,6 +355,7 @@ __all__ = [
     "check_tied_vocabulary",
     "current_parallel_run",
     "for_parallel_run",
+    "find_node_local_experts",
     "join_run",
     "leave_job",
     "set_parallel_run",

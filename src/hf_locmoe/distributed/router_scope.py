@@ -43,12 +43,15 @@ class RouterScope:
         node (`int`, defaults to 0): The node of this rank, below `num_nodes`.
         node_local_experts (`torch.Tensor`, *optional*): Boolean of shape `(num_experts,)` or `(num_moe_layers,
             num_experts)`, the experts that live on this rank's node. Not given: all of them.
+        locality_scale (`torch.Tensor`, *optional*): Float32 of shape `(num_moe_layers,)`, the weight of each layer's locality
+            loss at present, a tensor that is written in place. Not given: 1.
     """
 
     group: dist.ProcessGroup | None = None
     num_nodes: int = 1
     node: int = 0
     node_local_experts: torch.Tensor | None = None
+    locality_scale: torch.Tensor | None = None
 
     @property
     def num_ranks(self) -> int:

@@ -48,13 +48,64 @@ def position_in_expert(expert_ids: torch.Tensor, num_experts: int) -> torch.Tens
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 
+class RemoteTier:
+    """
+    A hard ceiling on what leaves a rank's node: of a batch of T tokens at most `ceil(factor * T * k * (n - n_local) / n)`
+    assignments go to experts of other nodes, `factor` times what uniform routing sends there.
+
+    Those keep their expert that gain most by it: the assignments with the largest logit above the token's best node-local
+    expert. Training only; ties go to the earlier token. No host synchronisation: the ceiling follows from shapes.
+
+    Args:
+        node_local_experts (`torch.Tensor` of shape `(n,)`): Boolean, the experts of this rank's node.
+        factor (`float`): Of uniform routing's remote assignments.
+    """
+
+    def __init__(self, node_local_experts: torch.Tensor, factor: float):
+        self.factor = factor
+        self.place(node_local_experts)
+
+    def place(self, node_local_experts: torch.Tensor) -> None:
+        """Takes over where the experts are now."""
+        self.node_local_experts = node_local_experts
+        self.remote_share = 1 - int(node_local_experts.sum()) / len(node_local_experts)
+
+    def ceiling(self, num_tokens: int, top_k: int) -> int:
+        """Assignments that may leave the node."""
+        return min(num_tokens * top_k, math.ceil(self.factor * num_tokens * top_k * self.remote_share))
+
+    def overflow(
+        self, top_k_index: torch.Tensor, router_logits: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            top_k_index (`torch.Tensor` of shape `(T, k)`): Int64.
+            router_logits (`torch.Tensor` of shape `(T, n)`): Preferences.
+            token_mask (`torch.Tensor` of shape `(T,)`, *optional*): False where a token is padding.
+
+        Returns:
+            `torch.Tensor` of shape `(T, k)`, boolean: the remote assignments over the ceiling.
+        """
+        is_remote = ~self.node_local_experts[top_k_index]
+        if token_mask is not None:
+            is_remote = is_remote & token_mask.unsqueeze(-1)
+        logits = router_logits.detach()
+        best_local = logits.masked_fill(~self.node_local_experts, float("-inf")).amax(dim=-1, keepdim=True)
+        gain = (logits.gather(-1, top_k_index) - best_local).masked_fill(~is_remote, float("-inf"))
+        order = gain.flatten().argsort(descending=True, stable=True)
+        keeps = torch.zeros_like(is_remote).flatten()
+        keeps[order[: self.ceiling(*top_k_index.shape)]] = True
+        return is_remote & ~keeps.view_as(is_remote)
+
+
 def limit_to_capacity(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     router_logits: torch.Tensor,
-    capacity: int,
+    capacity: int | None,
     overflow: str = "drop",
     token_mask: torch.Tensor | None = None,
+    remote_tier: RemoteTier | None = None,
 ) -> CapacityAssignment:
     """
     Lets each expert take its first `capacity` assignments: first choices before second ones, and earlier tokens before
@@ -64,12 +115,14 @@ def limit_to_capacity(
         top_k_index (`torch.Tensor` of shape `(T, k)`): Int64.
         top_k_weights (`torch.Tensor` of shape `(T, k)`): Routing weights.
         router_logits (`torch.Tensor` of shape `(T, n)`): Preferences for `"next_best"`, and the weights there.
-        capacity (`int`): Assignments an expert takes.
+        capacity (`int`, *optional*): Assignments an expert takes; no limit if not given.
         overflow (`"drop"` or `"next_best"`): Overflow keeps its expert id with weight 0, so the token passes by the
             residual alone; or goes to the token's best other expert with room, with that expert's softmax probability as
             weight, and is dropped only where none has room.
         token_mask (`torch.Tensor` of shape `(T,)`, *optional*): False where a token is padding, which takes no room and
             gets weight 0.
+        remote_tier ([`RemoteTier`], *optional*): Which assignments may leave the node. It comes first: what is over it goes
+            to the token's best node-local expert with room whatever `overflow` says, and nothing is rerouted off the node.
 
     Returns:
         [`CapacityAssignment`].
@@ -77,20 +130,42 @@ def limit_to_capacity(
     num_tokens, num_experts = router_logits.shape
     top_k = top_k_index.shape[1]
     wanted = top_k_index if token_mask is None else top_k_index.masked_fill(~token_mask.unsqueeze(-1), num_experts)
-    position = position_in_expert(wanted.T.reshape(-1), num_experts).view(top_k, num_tokens).T
-    fits = (position < capacity) & (wanted < num_experts)
-    overflowing = ~fits & (wanted < num_experts)
+    is_real = wanted < num_experts
+    stays_here = torch.zeros_like(is_real)
+    if remote_tier is not None:
+        stays_here = remote_tier.overflow(top_k_index, router_logits, token_mask)
+    fits = is_real & ~stays_here
+    if capacity is not None:
+        asked = wanted.masked_fill(stays_here, num_experts)
+        position = position_in_expert(asked.T.reshape(-1), num_experts).view(top_k, num_tokens).T
+        fits = fits & (position < capacity)
+    overflowing = is_real & ~fits
     rerouted = torch.zeros_like(fits)
     index = top_k_index
-    if overflow == "next_best":
-        index, rerouted = _reroute(index, fits, overflowing, router_logits, capacity)
+    if overflow == "next_best" or remote_tier is not None:
+        moving = overflowing if overflow == "next_best" else stays_here
+        reachable = None if remote_tier is None else remote_tier.node_local_experts
+        if capacity is None:
+            index, rerouted = _reroute_without_limit(index, moving, router_logits, reachable)
+        else:
+            index, rerouted = _reroute(index, fits, moving, router_logits, capacity, reachable)
         probability = router_logits.softmax(dim=-1).gather(-1, index).to(top_k_weights.dtype)
         top_k_weights = torch.where(rerouted, probability, top_k_weights)
     weights = top_k_weights * (fits | rerouted)
     return CapacityAssignment(index, weights, overflowing & ~rerouted, rerouted)
 
 
-def _reroute(index, fits, overflowing, router_logits, capacity):
+def _reroute_without_limit(index, overflowing, router_logits, allowed):
+    """Each overflowing assignment of a token to its best other expert, the second one to the second best."""
+    logits = router_logits if allowed is None else router_logits.masked_fill(~allowed, float("-inf"))
+    rest = logits.scatter(-1, index, float("-inf"))
+    best = rest.sort(dim=-1, descending=True, stable=True)
+    place = (overflowing.cumsum(dim=-1) - 1).clamp_min(0)
+    rerouted = overflowing & best.values.gather(-1, place).isneginf().logical_not()
+    return torch.where(rerouted, best.indices.gather(-1, place), index), rerouted
+
+
+def _reroute(index, fits, overflowing, router_logits, capacity, allowed=None):
     """Rounds of proposals: each token with an unplaced assignment asks its next-best expert, which takes while it has room."""
     num_tokens, num_experts = router_logits.shape
     top_k = index.shape[1]
@@ -98,6 +173,8 @@ def _reroute(index, fits, overflowing, router_logits, capacity):
     rest = router_logits.scatter(-1, index, float("inf"))
     preference = rest.sort(dim=-1, descending=True, stable=True).indices
     reachable = rest.gather(-1, preference).isneginf().logical_not()
+    if allowed is not None:
+        reachable = reachable & allowed[preference]
     taken = torch.zeros(num_experts + 1, dtype=torch.int64, device=index.device)
     taken.scatter_add_(0, index.reshape(-1), fits.reshape(-1).to(torch.int64))
     rerouted = torch.zeros_like(fits)
@@ -213,4 +290,4 @@ def _refresh_after_loading(rule: CapacityRule, incompatible_keys) -> None:
     rule.refresh()
 
 
-__all__ = ["CapacityAssignment", "CapacityRule", "limit_to_capacity", "position_in_expert"]
+__all__ = ["CapacityAssignment", "CapacityRule", "RemoteTier", "limit_to_capacity", "position_in_expert"]

@@ -57,6 +57,8 @@ class Router(nn.Module):
         self.topk_group = config.topk_group
         self.balance_bias_update_rate = config.balance_bias_update_rate
         self.check_finite = config.router_check_finite
+        # (n,) added to the preference in training, set by a run that steers tokens to their node's experts
+        self.node_bias: torch.Tensor | None = None
         self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
 
     def affinity(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
@@ -102,6 +104,8 @@ class Router(nn.Module):
             logits = affinity.relu().masked_fill(affinity.isneginf(), float("-inf")) if self.use_relu else affinity
 
             preference = (affinity + self.e_score_correction_bias.float()).detach()
+            if self.training and self.node_bias is not None:
+                preference = preference + self.node_bias
             if self.num_expert_groups > 1 and allowed is None:
                 preference = limit_groups(preference, self.num_expert_groups, self.topk_group)
             index = stable_top_k(preference, self.top_k)

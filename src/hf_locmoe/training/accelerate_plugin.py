@@ -172,6 +172,7 @@ class LocMoePlugin:
             capacity_factor=self.capacity_factor,
             max_tokens_per_rank=self.max_tokens_per_rank,
             remote_share=self.remote_share,
+            inter_node_capacity_factor=self.inter_node_capacity_factor,
             backend=None if self.backend in (None, "none") else self.backend,
         )
 
