@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The single-GPU benchmarks: `--parts block gate model inference`, all by default."""
+"""The single-GPU benchmarks: `--parts block gate model compiled inference`, all by default."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ import torch
 
 from benchmarks.gpu_block import bench_block
 from benchmarks.gpu_gate import bench_gate
-from benchmarks.gpu_model import bench_inference, bench_model
+from benchmarks.gpu_model import bench_compiled, bench_inference, bench_model
 from benchmarks.record import RESULTS
 
 
-PARTS = {"block": bench_block, "gate": bench_gate, "model": bench_model, "inference": bench_inference}
+PARTS = {
+    "block": bench_block,
+    "gate": bench_gate,
+    "model": bench_model,
+    "compiled": bench_compiled,
+    "inference": bench_inference,
+}
 
 
 def main() -> None:

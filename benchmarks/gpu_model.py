@@ -158,6 +158,45 @@ def bench_model() -> Record:
     )
 
 
+def bench_compiled() -> Record:
+    """One sequence without checkpointing, in eager mode and compiled, each model beside itself and the other."""
+    rate = matmul_rate()
+    rows = []
+    for name, title in (("olmoe", "OLMoE, grouped_mm"), ("locmoe", "LocMoE, dropless")):
+        torch.compiler.reset()
+        model = build(name).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        for mode in ("eager", "compiled"):
+            if mode == "compiled":
+                model.compile()
+            row = {"model": f"{title}, {mode}", **train(model, optimizer, 1)}
+            row["utilisation"] = row["tokens_s"] * active_flops(SEQUENCE) / rate
+            row["speedup"] = row["tokens_s"] / next(
+                (r["tokens_s"] for r in rows if mode in r["model"]), row["tokens_s"]
+            )
+            rows.append(row)
+            print(row, flush=True)
+        del model, optimizer
+        gc.collect()
+        torch.cuda.empty_cache()
+    return Record(
+        theme="model_step_compiled",
+        question="What does torch.compile make of a training step of LocMoE and OLMoE, OLMoE-1B-7B's size?",
+        config={**GEOMETRY, "moe_intermediate_size": EXPERT_SIZE, "sequence": SEQUENCE, "matmul_tflops": rate / 1e12},
+        command="python -m benchmarks.bench_gpu --parts compiled",
+        rows=rows,
+        columns={
+            "model": "model",
+            "sequences": "sequences",
+            "step_s": "seconds a step",
+            "tokens_s": "tokens/s",
+            "speedup": "by OLMoE in the same mode",
+            "utilisation": "share of the GEMM ceiling",
+            "peak_gib": "peak memory, GiB",
+        },
+    )
+
+
 @torch.no_grad()
 def generate_times(model, batch_size: int, prompt: int, steps: int = 20) -> dict:
     """Prefill, and one decoding step with a static cache: eager, and as a CUDA graph."""
@@ -233,4 +272,4 @@ def bench_inference() -> Record:
     )
 
 
-__all__ = ["bench_inference", "bench_model"]
+__all__ = ["bench_compiled", "bench_inference", "bench_model"]
