@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..moe.overflow import CapacityRule
 from ..moe.routing import RouterStat
 from .output_tap import OutputTap
 from .routing_log import append_record, discard_records_after
+from .traffic import TrafficStats
 
 
 logger = logging.get_logger(__name__)
@@ -217,7 +219,8 @@ class RoutingStatsCallback(TrainerCallback):
     gets `router_aux_loss`, `locality_loss`, `routing/load_cv` (also per layer), `routing/max_load`, `routing/drop_rate`,
     `routing/entropy`, `routing/cosine` and, where one is in force, the capacity factor `routing/capacity`; with the
     prefix of the evaluation for evaluations. `<output_dir>/routing_stats.jsonl` gets all layers and experts.
-    Training values cover all micro-batches of all ranks since the log before.
+    Training values cover all micro-batches of all ranks since the log before. On several ranks they have `comm/...`, and on
+    several nodes `routing/local_share`, for the expert exchange of every architecture (see [`TrafficStats`]).
 
     Off with `trainer.remove_callback(RoutingStatsCallback)`, or `LOCMOE_TELEMETRY=0` in the environment.
     """
@@ -230,6 +233,7 @@ class RoutingStatsCallback(TrainerCallback):
         self._loss_tap = OutputTap(LOSS_NAMES, in_evaluation=False)
         self._training = RoutingStats()
         self._evaluation = RoutingStats()
+        self._traffic = TrafficStats()
         self._writes_file = True
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
@@ -239,6 +243,7 @@ class RoutingStatsCallback(TrainerCallback):
         self._watch(model)
         self._collect_training()
         self._training.reset()
+        self._traffic.watch(model if self.enabled else None, self._router_model)
         if self._router_model is not None and state.is_world_process_zero:
             self._try_file(discard_records_after, args.output_dir, state.global_step)
 
@@ -248,6 +253,12 @@ class RoutingStatsCallback(TrainerCallback):
             if self._router_model is not None:
                 self._stats_tap.attach(self._router_model.base_model, self)
                 self._loss_tap.attach(model, self)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._traffic.begin_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._traffic.end_step()
 
     def on_substep_end(self, args, state, control, **kwargs):
         self._collect_training()
@@ -260,6 +271,7 @@ class RoutingStatsCallback(TrainerCallback):
         losses, _ = self._loss_tap.take_training()
         if "router_stats" in stats:
             self._training.update(stats["router_stats"], losses, num_forwards)
+        self._traffic.collect(stats.get("router_stats"))
 
     def on_prediction_step(self, args, state, control, **kwargs):
         stats = self._stats_tap.take_evaluation()
@@ -270,9 +282,9 @@ class RoutingStatsCallback(TrainerCallback):
         # Only the Trainer's own events: all ranks reach them, and there is a collective ahead.
         logs = {} if logs is None else logs
         if "loss" in logs:
-            metrics = self._flush(self._training, "train", args, state)
+            metrics = self._flush_training(args, state)
         elif "train_loss" in logs:  # the end of training: what came after the last log is for the file alone
-            self._flush(self._training, "train", args, state)
+            self._flush_training(args, state)
             return
         elif (prefix := _evaluation_prefix(logs)) is not None:
             metrics = self._flush(self._evaluation, prefix, args, state)
@@ -286,7 +298,22 @@ class RoutingStatsCallback(TrainerCallback):
         if metrics is not None and (prefix := _evaluation_prefix(metrics)) is not None:
             metrics.update(self._flush(self._evaluation, prefix, args, state))
 
-    def _flush(self, stats: RoutingStats, kind: str, args, state) -> dict[str, float]:
+    def _flush_training(self, args, state) -> dict[str, float]:
+        traffic, shares = self._traffic.flush(args.device)
+        metrics = self._flush(self._training, "train", args, state, traffic, shares)
+        if self._router_model is None:
+            return traffic | {f"routing/layer_{index}/local_share": share for index, share in enumerate(shares)}
+        return metrics
+
+    def _flush(
+        self,
+        stats: RoutingStats,
+        kind: str,
+        args,
+        state,
+        traffic: dict[str, float] | None = None,
+        local_shares: Sequence[float] = (),
+    ) -> dict[str, float]:
         """Reduces, writes and clears `stats`; returns what belongs in the Trainer's log."""
         if self._router_model is None or not stats:
             return {}
@@ -300,6 +327,9 @@ class RoutingStatsCallback(TrainerCallback):
         capacity = _capacity_factor(self._router_model, summary["tokens"] / summary["forwards"])
         if capacity is not None:
             metrics["routing/capacity"] = capacity
+        metrics |= traffic or {}
+        for layer, share in zip(layers, local_shares):
+            layer["local_share"] = share
         if state.is_world_process_zero:
             for layer, index in zip(layers, config.sparse_layers, strict=True):
                 layer["layer"] = index
@@ -307,8 +337,11 @@ class RoutingStatsCallback(TrainerCallback):
             record["model"] = {name: getattr(config, name) for name in MODEL_FACTS}
             self._try_file(append_record, args.output_dir, _rounded(record))
         if kind == "train":
-            by_layer = zip(config.sparse_layers, layers, strict=True)
-            return metrics | {f"routing/layer_{index}/load_cv": layer["load_cv"] for index, layer in by_layer}
+            for index, layer in zip(config.sparse_layers, layers, strict=True):
+                for name in ("load_cv", "local_share"):
+                    if name in layer:
+                        metrics[f"routing/layer_{index}/{name}"] = layer[name]
+            return metrics
         return {f"{kind}_{name}": value for name, value in metrics.items()}
 
     def _try_file(self, write, *arguments) -> None:
