@@ -234,6 +234,21 @@ def validation_perplexity(runs: list[Run]) -> Figure:
     return figure
 
 
+@_drawn
+def local_share(runs: list[Run]) -> Figure:
+    """The share of the assignments that stay on their node, over training, of one run or several."""
+    figure, (axes,) = _figure()
+    for index, run in enumerate(runs):
+        steps, shares = zip(*run.local_shares, strict=True)
+        axes.plot(steps, shares, "o-", color=LINES[index % len(LINES)], markersize=3.5, label=run.name)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("step")
+    axes.set_ylabel("node-local share")
+    if len(runs) > 1:
+        axes.legend()
+    return figure
+
+
 def _degrees(cosine: torch.Tensor) -> torch.Tensor:
     return torch.rad2deg(torch.acos(cosine))
 
@@ -249,6 +264,7 @@ def _expert_colors(num_experts: int) -> list:
 __all__ = [
     "capacity_against_angle",
     "gate_similarity",
+    "local_share",
     "token_similarity",
     "tokens_per_expert",
     "validation_perplexity",

@@ -55,6 +55,18 @@ class Run:
         return (evaluations or self.records or [None])[-1]
 
     @property
+    def local_shares(self) -> list[tuple[int, float]]:
+        """(step, share of the assignments that stayed on their node), the mean over layers; empty on one node."""
+        shares = {
+            entry["step"]: entry["routing/local_share"] for entry in self.log if "routing/local_share" in entry
+        } or {
+            record["step"]: record["overall"]["routing/local_share"]
+            for record in self.training
+            if record.get("overall", {}).get("routing/local_share") is not None
+        }
+        return sorted(shares.items())
+
+    @property
     def perplexities(self) -> list[tuple[int, float]]:
         """(step, exp(validation loss)), from the evaluation named `eval` or, with several data sets, each step's mean loss."""
         curve = {}

@@ -12,6 +12,7 @@ from ..moe.capacity import min_expert_capacity
 from .figures import (
     capacity_against_angle,
     gate_similarity,
+    local_share,
     token_similarity,
     tokens_per_expert,
     validation_perplexity,
@@ -66,7 +67,7 @@ class _Report:
 
     def write(self) -> list[Path]:
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        sections = [self._overview(), self._perplexity()]
+        sections = [self._overview(), self._perplexity(), *self._local_share()]
         for run in self.runs:
             sections += [Section(f"Run {run.name}", level=2)] if len(self.runs) > 1 else []
             sections += [self._load(run), *self._tokens_and_gates(run), self._capacity(run)]
@@ -139,6 +140,27 @@ class _Report:
             [[run.name, f"{value:.2f}", f"{step:,}", f"{run.perplexities[-1][1]:.2f}"] for run, step, value in best],
         )
         return section
+
+    def _local_share(self) -> list[Section]:
+        """Nothing where no run had several nodes."""
+        spread = [run for run in self.runs if run.local_shares]
+        if not spread:
+            return []
+        rows = []
+        for run in spread:
+            sent = [entry["comm/bytes_inter_node"] for entry in run.log if "comm/bytes_inter_node" in entry]
+            rows.append([run.name, _percent(run.local_shares[-1][1]), f"{sent[-1]:,.0f}" if sent else ""])
+        return [
+            Section(
+                "Tokens that stay on their node",
+                [
+                    "Share of the assignments whose expert lives on the token's node, the mean over layers, while training."
+                ],
+                image=self._save(local_share(spread), "local_share"),
+                table=Table(["run", "last node-local share", "counted bytes between nodes a step"], rows),
+                level=2,
+            )
+        ]
 
     def _load(self, run: Run) -> Section:
         section = Section(

@@ -66,6 +66,8 @@ def _final_evaluation(args, state) -> dict[str, float]:
 def _training_facts(args, state) -> dict[str, Any]:
     warmup = args.warmup_steps
     losses = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
+    shares = [entry["routing/local_share"] for entry in state.log_history if "routing/local_share" in entry]
+    sent = [entry["comm/bytes_inter_node"] for entry in state.log_history if "comm/bytes_inter_node" in entry]
     batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     return {
         "optimizer steps": f"{state.global_step:,}",
@@ -74,6 +76,8 @@ def _training_facts(args, state) -> dict[str, Any]:
         "samples a step": f"{batch_size} ({args.train_batch_size} a device, {args.world_size} ranks, "
         f"{args.gradient_accumulation_steps} accumulated)",
         "mean training loss": losses[-1] if losses else None,
+        "node-local share of the assignments, last logged": f"{shares[-1]:.1%}" if shares else None,
+        "counted traffic between nodes, last logged": f"{sent[-1]:,.0f} bytes a step" if sent else None,
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "warm-up": (f"{warmup:g} of the steps" if warmup < 1 else f"{warmup:g} steps") if warmup else None,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -146,3 +147,18 @@ def test_without_matplotlib_the_way_out_is_named(tmp_path, monkeypatch):
 def test_no_run_at_all(tmp_path):
     with pytest.raises(ReportError, match="`RUN_DIR` is missing"):
         write_report([], tmp_path)
+
+
+def test_local_share_is_drawn_where_the_log_has_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "stay on their node" not in _page(write_report([run], use_model=False)[0].parent).text
+    state = next(iter(sorted(run.rglob("trainer_state.json"))))
+    content = json.loads(state.read_text())
+    content["log_history"].append(
+        {"step": 2, "loss": 1.0, "routing/local_share": 0.75, "comm/bytes_inter_node": 12345.0}
+    )
+    state.write_text(json.dumps(content))
+    files = write_report([run], use_model=False)
+    assert (run / "local_share.png") in files
+    text = _page(run).text
+    assert "stay on their node" in text and "75 %" in text and "12,345" in text
