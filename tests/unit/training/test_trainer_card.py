@@ -155,3 +155,12 @@ def test_the_adapter_is_put_on_once_and_fails_where_upstream_changed(monkeypatch
     monkeypatch.setattr(Trainer, "create_model_card", lambda self, text: None)
     with pytest.raises(RuntimeError, match="create_model_card"):
         let_trainer_write_our_card()
+
+
+def test_what_was_counted_between_nodes_is_on_the_card(tmp_path):
+    trainer = _trainer(_model(), tmp_path)
+    trainer.state.global_step = 1
+    trainer.state.log_history.append({"step": 1, "routing/local_share": 0.75, "comm/bytes_inter_node": 12345.0})
+    training = facts_of_run(trainer.args, trainer.state, trainer.model)["training"]
+    assert training["node-local share of the assignments, last logged"] == "75.0%"
+    assert training["counted traffic between nodes, last logged"] == "12,345 bytes a step"
