@@ -301,7 +301,7 @@ class RoutingStatsCallback(TrainerCallback):
     def _flush_training(self, args, state) -> dict[str, float]:
         traffic, shares = self._traffic.flush(args.device)
         metrics = self._flush(self._training, "train", args, state, traffic, shares)
-        if self._router_model is None:
+        if not metrics:  # a model that returned no router statistics
             return traffic | {f"routing/layer_{index}/local_share": share for index, share in enumerate(shares)}
         return metrics
 
