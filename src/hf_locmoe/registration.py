@@ -25,7 +25,6 @@ from .modeling_locmoe import (
 )
 from .moe.experts import capacity_bmm_experts_forward
 from .training.checkpoint_folder import ResumeGuardCallback
-from .training.locality import LocalityCallback
 from .training.telemetry import RouterStateCallback, RoutingStatsCallback
 from .training.trainer_card import ModelCardCallback, let_trainer_write_our_card
 
@@ -44,7 +43,7 @@ MODEL_CLASSES = {
 }
 
 
-CALLBACKS = (ResumeGuardCallback, RouterStateCallback, LocalityCallback, RoutingStatsCallback, ModelCardCallback)
+CALLBACKS = [ResumeGuardCallback, RouterStateCallback, RoutingStatsCallback, ModelCardCallback]
 
 
 def register() -> None:
@@ -58,8 +57,11 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register("capacity_bmm", capacity_bmm_experts_forward)
     if EPImplementationInterface is not None:
         from .distributed.expert_parallel import LocMoeEP
+        from .training.locality import LocalityCallback
 
         EPImplementationInterface.register("locmoe", LocMoeEP)
+        if LocalityCallback not in DEFAULT_CALLBACKS:
+            DEFAULT_CALLBACKS.append(LocalityCallback)
     # `transformers serve` and TRL look `config.architectures[0]` up as an attribute of the transformers module
     for model_class in MODEL_CLASSES.values():
         setattr(transformers, model_class.__name__, model_class)

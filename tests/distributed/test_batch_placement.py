@@ -98,8 +98,17 @@ def train(batches, family, counts, accumulation, scope) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
+    seen = None if placement is None else placement.table.counts.sum(dim=(1, 2)).tolist()
     weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.state_dict().items()}
-    return {"losses": losses, "norms": norms, "shares": shares, "read": read, "computed": computed, "weights": weights}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "shares": shares,
+        "read": read,
+        "computed": computed,
+        "weights": weights,
+        "seen": seen,
+    }
 
 
 def check(world_size, family="locmoe", accumulation=1, scope="micro_batch", counts=None, ragged=False, env=None):
@@ -141,3 +150,10 @@ def test_the_training_is_that_of_one_process(scope, accumulation):
 
 def test_four_ranks_padding_uneven_numbers_and_top_2():
     check(4, family="olmoe", counts=[5, 3, 4, 4], ragged=True)
+
+
+def test_the_statistics_decay_once_a_step_whatever_the_number_of_ranks():
+    """Of every step but the newest, which is not told yet, all tokens of all ranks with one weight."""
+    expected = sum(16 * LENGTH * 0.98**age for age in range(STEPS - 1))
+    for result in check(2, counts=[8, 8]):
+        assert_close(torch.tensor(result["seen"]), torch.full((2,), expected))

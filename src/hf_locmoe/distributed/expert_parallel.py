@@ -253,6 +253,8 @@ class LocMoeEP(EPImplementation):
         num_tokens = hidden_states.size(0)
         if self.experts.training:
             self.newest_routes = top_k_index
+        # dropped ones and padding keep an expert that exists; none of them is worth a row on the wire
+        top_k_index = top_k_index.masked_fill(top_k_weights == 0, self.num_experts)
         if self.tp_mesh.size() > 1:
             # A local chunk; its backward gathers the rows' gradients.
             hidden_states, top_k_index, top_k_weights = (
@@ -376,11 +378,15 @@ class LocMoeEP(EPImplementation):
                 f"forward ({num_tokens * self.tp_mesh.size()}): set it to the batch size of a rank times the longest "
                 "sequence."
             )
-        share = options.remote_share
-        if share is None and options.inter_node_capacity_factor is not None:
-            uniform = 1 - min(peers.topology.node_sizes) / peers.num_ranks
-            share = min(1.0, options.inter_node_capacity_factor * uniform)
-        return fixed_capacity(most_tokens * num_top_k, options.capacity_factor, share, peers.topology)
+        share, num_assignments = options.remote_share, most_tokens * num_top_k
+        if share is not None or options.inter_node_capacity_factor is None:
+            return fixed_capacity(num_assignments, options.capacity_factor, share, peers.topology)
+        # the factor is a ceiling, not an expectation: what does not leave the node needs room inside it
+        uniform = 1 - min(peers.topology.node_sizes) / peers.num_ranks
+        share = min(1.0, options.inter_node_capacity_factor * uniform)
+        room = fixed_capacity(num_assignments, options.capacity_factor, share, peers.topology)
+        inside = fixed_capacity(num_assignments, options.capacity_factor, 0.0, peers.topology)
+        return room._replace(node_local=inside.node_local)
 
 
 def expert_parallel_layers(model: torch.nn.Module) -> list[LocMoeEP]:

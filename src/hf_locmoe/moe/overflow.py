@@ -68,11 +68,14 @@ class RemoteTier:
     def place(self, node_local_experts: torch.Tensor) -> None:
         """Takes over where the experts are now."""
         self.node_local_experts = node_local_experts
-        self.remote_share = 1 - int(node_local_experts.sum()) / len(node_local_experts)
+        self.num_experts = len(node_local_experts)
+        self.num_remote = self.num_experts - int(node_local_experts.sum())
 
     def ceiling(self, num_tokens: int, top_k: int) -> int:
         """Assignments that may leave the node."""
-        return min(num_tokens * top_k, math.ceil(self.factor * num_tokens * top_k * self.remote_share))
+        # whole numbers first: a share such as 1 - 54/63 is not exact, and the ceiling would be one too high
+        num_assignments = num_tokens * top_k
+        return min(num_assignments, math.ceil(self.factor * (num_assignments * self.num_remote) / self.num_experts))
 
     def overflow(
         self, top_k_index: torch.Tensor, router_logits: torch.Tensor, token_mask: torch.Tensor | None = None

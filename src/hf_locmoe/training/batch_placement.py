@@ -84,11 +84,12 @@ class BatchPlacement:
         mine = {"parts": [part.described() for part in parts], "reason": reason, "routes": self._routes()}
         everyone: list[Any] = [None] * self.topology.num_ranks
         dist.all_gather_object(everyone, mine, group=self.group)
-        for rank, other in enumerate(everyone):
-            if other["routes"] is not None:
-                keys, experts = other["routes"]
-                node = torch.full((len(keys),), self.topology.node_of_rank(rank))
-                self.table.update(torch.from_numpy(keys).long(), torch.from_numpy(experts).long(), node)
+        seen = [(rank, *other["routes"]) for rank, other in enumerate(everyone) if other["routes"] is not None]
+        if seen:  # all ranks' tokens in one update: the table decays once a step, and no rank weighs more than another
+            ranks, keys, experts = zip(*seen, strict=True)
+            nodes = np.repeat([self.topology.node_of_rank(rank) for rank in ranks], [len(part) for part in keys])
+            keys, experts = (torch.from_numpy(np.concatenate(parts)).long() for parts in (keys, experts))
+            self.table.update(keys, experts, torch.from_numpy(nodes))
         if self.options.batch_placement != "off":
             reason = next((other["reason"] for other in everyone if other["reason"] is not None), None)
             reason = reason or _difference([other["parts"] for other in everyone])

@@ -120,6 +120,7 @@ def locality_control_for(model: nn.Module | None) -> LocalityControl | None:
         reason = "a hash gate has nothing to learn"
     elif config.locality_loss_coef == 0 and set(asked) - {"node_bias_target"}:
         reason = "`locality_loss_coef` is 0"
+        asked.pop("node_bias_target", None)  # which works without the loss
     if reason is not None:
         named = ", ".join(f"`{name}` ({value})" for name, value in asked.items())
         logger.warning_once(f"{named} has no effect: {reason}.")
