@@ -19,12 +19,13 @@ saving stay transformers'.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.distributed import DistributedConfig
 
+from .step_traffic import LayoutGroups, Span, Traffic, Workload, parameter_traffic, token_traffic
 from .topology import NodeTopology
 
 
@@ -225,6 +226,10 @@ class ModelSize:
         num_experts (`int`): experts of a layer.
         num_experts_per_tok (`int`): experts a token goes to.
         hidden_size (`int`): width of a token.
+        num_layers (`int`): layers, whose dense parameters travel together.
+        kept_parameters (`int`):
+            parameters of the head, which transformers gathers once a micro-batch; the others, twice.
+        embedding_parameters (`int`): parameters that are looked up and not multiplied with.
     """
 
     dense_parameters: int
@@ -233,6 +238,9 @@ class ModelSize:
     num_experts: int
     num_experts_per_tok: int
     hidden_size: int
+    num_layers: int = 0
+    kept_parameters: int = 0
+    embedding_parameters: int = 0
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> ModelSize:
@@ -245,14 +253,34 @@ class ModelSize:
         total = sum(parameter.numel() for parameter in model.parameters())
         in_experts = sum(parameter.numel() for module in experts for parameter in module.parameters())
         config = model.config.get_text_config()
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        # tied, it is one parameter, and the head's
+        is_tied = head is not None and head.weight is embeddings.weight
         return cls(
             dense_parameters=total - in_experts,
             expert_parameters=in_experts,
             num_moe_layers=len(experts),
             num_experts=experts[0].num_experts if experts else 0,
-            num_experts_per_tok=config.num_experts_per_tok if experts else 0,
+            num_experts_per_tok=_experts_per_token(config) if experts else 0,
             hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            kept_parameters=0 if head is None else head.weight.numel(),
+            embedding_parameters=0 if is_tied else embeddings.weight.numel(),
         )
+
+
+# As configs of transformers call it; most have the first, by name or by `attribute_map`.
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+def _experts_per_token(config: Any) -> int:
+    for name in _EXPERTS_PER_TOKEN:
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    raise ValueError(
+        f"`num_experts_per_tok` (None) must be in the config of a MoE ({config.model_type}): set it, or one of "
+        f"{', '.join(_EXPERTS_PER_TOKEN[1:])}."
+    )
 
 
 @dataclass(frozen=True)
@@ -262,11 +290,15 @@ class LayoutCost:
         layout (`str`): which.
         bytes_inter_node (`float`): bytes that one node sends to others in an optimizer step, as predicted.
         bytes_memory (`float`): bytes of parameters, gradients and optimizer state on one rank.
+        parameters (`Traffic`): weights and gradients of a step.
+        tokens (`Traffic`): tokens of a step.
     """
 
     layout: str
     bytes_inter_node: float
     bytes_memory: float
+    parameters: Traffic = field(default_factory=Traffic)
+    tokens: Traffic = field(default_factory=Traffic)
 
 
 def predict_layouts(
@@ -275,17 +307,15 @@ def predict_layouts(
     tokens_per_rank: int,
     accumulation_steps: int = 1,
     local_share: float | None = None,
-    checkpointing: bool = False,
-    bytes_per_element: int = 4,
-    state_bytes_per_parameter: int = 16,
+    **options: Any,
 ) -> list[LayoutCost]:
     """
-    Bytes between nodes and memory of every layout that the job can have.
+    Bytes and memory of every layout that the job can have, each as [`layout_config`] builds it.
 
     Counted with ring collectives: one node passes on `(W - 1) / W` of the parameters in each all-gather (two a
-    micro-batch) and in the reduce-scatter of the gradients (one a step); replicas exchange `2 (N - 1) / N` of the
-    gradients once a step. A token crosses once for every other node that has one of its experts, and four times a
-    layer: out and back, forward and backward; out once more when a checkpoint recomputes.
+    micro-batch, one for the head) and in the reduce-scatter of the gradients (one a step); replicas exchange
+    `2 (N - 1) / N` of the gradients once a step. A token crosses once for every other node that has one of its experts,
+    and four times a layer: out and back, forward and backward; out once more when a checkpoint recomputes.
 
     Args:
         size (`ModelSize`): the model.
@@ -294,47 +324,75 @@ def predict_layouts(
         accumulation_steps (`int`): micro-batches a step.
         local_share (`float`, *optional*):
             share of the assignments that stay on their node; 1 / nodes when left out, as untrained routers have it.
-        checkpointing (`bool`): whether activations are recomputed.
-        bytes_per_element (`int`): of parameters, gradients and tokens under way.
-        state_bytes_per_parameter (`int`): memory of a parameter; 16 for float32 with Adam.
+        **options: other fields of [`Workload`].
     """
-    num_nodes, world_size = topology.num_nodes, topology.num_ranks
-    on_node = max(topology.node_sizes)
-    dense, experts = size.dense_parameters, size.expert_parameters
-    gathered = (world_size - 1) / world_size * (2 * accumulation_steps + 1) * bytes_per_element
-    reduced = 2 * (num_nodes - 1) / num_nodes * bytes_per_element
-    if num_nodes == 1:
-        gathered = 0.0
-    local_share = 1 / num_nodes if local_share is None else local_share
-    other_nodes = num_nodes - 1
-    crossings = 0.0
-    if other_nodes:
-        crossings = other_nodes * (1 - (1 - (1 - local_share) / other_nodes) ** size.num_experts_per_tok)
-    tokens = (
-        (5 if checkpointing else 4)
-        * on_node
-        * tokens_per_rank
-        * accumulation_steps
-        * crossings
-        * size.num_moe_layers
-        * size.hidden_size
-        * bytes_per_element
-    )
-    costs = [
-        LayoutCost("sharded", dense * gathered + tokens, (dense + experts) / world_size * state_bytes_per_parameter)
+    work = Workload(tokens_per_rank, accumulation_steps, **options)
+    return [
+        layout_cost(groups, size, work, local_share) for groups in layout_groups_of_job(topology, size.num_experts)
     ]
-    if topology.is_rectangular and num_nodes > 1:
-        costs += [
-            LayoutCost(
-                "replicated", (dense + experts) * reduced, (dense + experts) / on_node * state_bytes_per_parameter
-            ),
-            LayoutCost(
-                "spread",
-                dense * reduced + tokens,
-                (dense / on_node + experts / world_size) * state_bytes_per_parameter,
-            ),
-        ]
-    return costs
+
+
+def layout_groups_of_job(topology: NodeTopology, num_experts: int) -> list[LayoutGroups]:
+    """The groups of every layout that the job can have."""
+    possible = LAYOUTS if topology.is_rectangular and topology.num_nodes > 1 else LAYOUTS[:1]
+    return [layout_groups(layout, topology, num_experts) for layout in possible]
+
+
+def layout_groups(layout: str, topology: NodeTopology, num_experts: int) -> LayoutGroups:
+    """The groups in which a layout communicates, read off the meshes of its [`layout_config`]."""
+    config = layout_config(layout, topology, max(num_experts, 1))
+    dense = torch.arange(topology.num_ranks).view(config.dp_replicate_size, config.fsdp_size)
+    if isinstance(config, SpreadConfig):
+        experts = config.expert_ranks()[0]
+    else:
+        experts = dense.reshape(config.dp_replicate_size, -1, config.ep_size)
+
+    def span(ranks: torch.Tensor) -> Span:
+        return Span.of([topology.node_of_rank(rank) for rank in ranks.tolist()])
+
+    return LayoutGroups(
+        layout=layout,
+        num_nodes=topology.num_nodes,
+        ranks_per_node=max(topology.node_sizes),
+        dense_shards=span(dense[0]),
+        dense_replicas=span(dense[:, 0]),
+        expert_shards=span(experts[0, :, 0]),
+        expert_replicas=span(experts[:, 0, 0]),
+        expert_parallel=span(experts[0, 0]),
+    )
+
+
+def one_copy_groups(topology: NodeTopology, num_experts: int) -> LayoutGroups:
+    """
+    `"spread"` with one copy of each expert also where ranks outnumber experts, as in the paper's largest run: the
+    ranks of a node share its experts, and nodes beyond the number of experts have none. To compare with;
+    [`layout_config`] makes copies instead.
+    """
+    groups = layout_groups("spread", topology, num_experts)
+    span = Span(topology.num_ranks, topology.num_nodes, groups.ranks_per_node)
+    return replace(
+        groups,
+        layout="one copy",
+        expert_shards=Span(),
+        expert_replicas=Span(),
+        expert_parallel=span,
+        nodes_with_experts=min(num_experts, topology.num_nodes),
+    )
+
+
+def layout_cost(groups: LayoutGroups, size: ModelSize, work: Workload, local_share: float | None = None) -> LayoutCost:
+    """Bytes and memory of one layout; see [`predict_layouts`]."""
+    parameters = parameter_traffic(groups, size, work)
+    tokens = token_traffic(groups, size, work, local_share)
+    of_experts = groups.expert_ranks * groups.expert_shards.num_ranks
+    held = size.dense_parameters / groups.dense_shards.num_ranks + size.expert_parameters / of_experts
+    return LayoutCost(
+        groups.layout,
+        parameters.bytes_inter_node + tokens.bytes_inter_node,
+        held * work.state_bytes_per_parameter,
+        parameters,
+        tokens,
+    )
 
 
 def choose_layout(costs: list[LayoutCost], memory_limit_bytes: float | None = None) -> tuple[str, str]:
