@@ -59,7 +59,64 @@ def _topology(args: argparse.Namespace) -> None:
     print(describe_job(args.ranks, args.ranks_per_node, args.experts, args.ep_size, placement))
 
 
-SUBCOMMANDS: tuple[Callable[..., None], ...] = (add_report, add_topology)
+def add_plan(subcommands) -> None:
+    """`locmoe plan`"""
+    parser = subcommands.add_parser(
+        "plan",
+        help="predict memory, traffic and step time of every layout, and recommend one",
+        description="Predicts, on paper, memory, bytes inside and between nodes and step time of every layout with hash,"
+        " switch and locmoe routing, says where one gets better than another, and recommends one. Quantities take units:"
+        " 200gbit or 25GB (a second), 400T (operations a second), 80GB, 10us.",
+    )
+    parser.add_argument("--config", required=True, metavar="PATH", help="config.json of a MoE, or its folder")
+    parser.add_argument("--nodes", required=True, type=int, metavar="N")
+    parser.add_argument("--devices-per-node", required=True, type=int, metavar="N")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--bandwidth-inter", metavar="RATE", help="of a node to others, one direction")
+    machine.add_argument("--bandwidth-intra", metavar="RATE", help="of a device inside its node, one direction")
+    machine.add_argument("--latency-inter", metavar="TIME", help="of a message between nodes (default: 10us)")
+    machine.add_argument("--latency-intra", metavar="TIME", help="of a message inside a node (default: 5us)")
+    machine.add_argument("--flops", metavar="RATE", help="operations a second that a device sustains in training")
+    machine.add_argument("--compute-seconds", metavar="TIME", help="instead: a step that one device takes alone")
+    machine.add_argument("--memory", metavar="SIZE", help="of a device, for parameters, gradients, optimizer state")
+    machine.add_argument(
+        "--overlap", type=float, default=0.0, help="share of the shorter of computation and exchanges that is hidden"
+    )
+    machine.add_argument(
+        "--calibrate", action="store_true", help="measure what is not given, under torchrun links too"
+    )
+    machine.add_argument("--utilization", type=float, help="share of a measured product's rate that training sustains")
+    step = parser.add_argument_group("step")
+    step.add_argument(
+        "--tokens-per-rank", type=int, default=4096, metavar="N", help="in a micro-batch (default: 4096)"
+    )
+    step.add_argument("--accumulation-steps", type=int, default=1, metavar="N", help="micro-batches (default: 1)")
+    step.add_argument("--checkpointing", action="store_true", help="activations are recomputed")
+    step.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of parameters and gradients"
+    )
+    step.add_argument("--wire-dtype", choices=["float32", "bfloat16"], help="of tokens under way (default: --dtype)")
+    step.add_argument("--gloo", action="store_true", help="count reduce-scatters as gloo sends them")
+    routing = parser.add_argument_group("routing")
+    routing.add_argument(
+        "--local-share", type=float, help="of assignments that LocMoE keeps on their node (default: 0.7)"
+    )
+    routing.add_argument(
+        "--load-cv", nargs="+", default=[], metavar="ROUTING=CV", help="variation of the experts' loads: locmoe=0.2"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from .plan import plan_from_options
+
+    text = plan_from_options(vars(args))
+    if text is not None:
+        print(text)
+
+
+SUBCOMMANDS: tuple[Callable[..., None], ...] = (add_report, add_topology, add_plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
