@@ -339,8 +339,12 @@ def layout_groups_of_job(topology: NodeTopology, num_experts: int) -> list[Layou
 
 
 def layout_groups(layout: str, topology: NodeTopology, num_experts: int) -> LayoutGroups:
-    """The groups in which a layout communicates, read off the meshes of its [`layout_config`]."""
-    config = layout_config(layout, topology, max(num_experts, 1))
+    """The groups in which a layout communicates."""
+    return groups_of_config(layout, layout_config(layout, topology, max(num_experts, 1)), topology)
+
+
+def groups_of_config(name: str, config: DistributedConfig, topology: NodeTopology) -> LayoutGroups:
+    """The groups in which a model communicates, read off the meshes of its config; without tensor parallelism."""
     dense = torch.arange(topology.num_ranks).view(config.dp_replicate_size, config.fsdp_size)
     if isinstance(config, SpreadConfig):
         experts = config.expert_ranks()[0]
@@ -351,7 +355,7 @@ def layout_groups(layout: str, topology: NodeTopology, num_experts: int) -> Layo
         return Span.of([topology.node_of_rank(rank) for rank in ranks.tolist()])
 
     return LayoutGroups(
-        layout=layout,
+        layout=name,
         num_nodes=topology.num_nodes,
         ranks_per_node=max(topology.node_sizes),
         dense_shards=span(dense[0]),

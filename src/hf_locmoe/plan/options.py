@@ -7,8 +7,10 @@ import math
 import os
 from typing import Any
 
-import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -17,6 +19,7 @@ from transformers import (
 
 from ..distributed.calibration import Calibration, calibrate
 from ..distributed.layouts import ModelSize
+from ..distributed.parallel_run import model_size
 from ..distributed.step_time import LOAD_CV, Machine, step_flops
 from ..distributed.step_traffic import Workload
 from ..distributed.topology import NodeTopology
@@ -29,6 +32,12 @@ from .table import format_plan
 DEFAULT_UTILIZATION = 0.25
 DEFAULT_LATENCY_INTER_S = 1e-5
 DEFAULT_LATENCY_INTRA_S = 5e-6
+
+_AUTO_CLASSES = {
+    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModel: MODEL_MAPPING,
+}
 
 
 def read_model(path: str) -> tuple[Any, ModelSize]:
@@ -44,12 +53,10 @@ def read_model(path: str) -> tuple[Any, ModelSize]:
     if not os.path.exists(path):
         raise ValueError(f"`config` ({path}) must be a config.json or a folder with one: no such file.")
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    classes = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel)
-    model_class = next((one for one in classes if type(config) in one._model_mapping), None)
-    if model_class is None:
+    auto_class = next((auto for auto, known in _AUTO_CLASSES.items() if type(config) in known), None)
+    if auto_class is None:
         raise ValueError(f"`config` ({path}) must be of a model that transformers can build, not {config.model_type}.")
-    with torch.device("meta"):
-        size = ModelSize.of(model_class.from_config(config))
+    size = model_size(auto_class.from_config, config)
     if not size.num_experts:
         raise ValueError(
             f"`config` ({path}) must be of a model with experts, fused as transformers runs them in parallel; "
