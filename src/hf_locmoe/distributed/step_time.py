@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 from .layouts import LayoutCost, ModelSize, layout_cost
 from .step_traffic import LayoutGroups, Traffic, Workload
@@ -77,11 +78,12 @@ class Routing:
 
     def busiest(self, num_parts: int, experts_of_part: float) -> float:
         """
-        Expected load of the busiest of several ranks or nodes over their mean: the largest of m independent normal
-        variables is about `sqrt(2 ln m)` standard deviations above it, and a part of several experts varies less.
+        Expected load of the busiest of several ranks or nodes over their mean, as of independent normal loads: the
+        largest of m is expected at the quantile `(m - 3/8) / (m + 1/4)` (Blom, 1958). A part with several experts varies
+        less.
         """
         spread = self.load_cv / math.sqrt(max(experts_of_part, 1.0))
-        return min(1 + spread * math.sqrt(2 * math.log(num_parts)), num_parts)
+        return min(1 + spread * NormalDist().inv_cdf((num_parts - 0.375) / (num_parts + 0.25)), num_parts)
 
 
 # Loads as measured, benchmarks/results/gates_h100_202611.md: hash, learned gate, cosine gate without and with balance bias.

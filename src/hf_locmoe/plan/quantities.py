@@ -44,6 +44,8 @@ def format_bytes(number: float) -> str:
 
 
 def format_time(seconds: float) -> str:
+    if seconds >= 1000:
+        return f"{seconds:,.0f} s"
     for limit, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if seconds >= limit:
             return f"{seconds / limit:.3g} {unit}"
