@@ -41,14 +41,17 @@ class Calibration:
     is_first_rank: bool = True
 
 
-def calibrate() -> Calibration:
+def calibrate(dtype: torch.dtype = torch.float32) -> Calibration:
     """
     Measures the accelerator, or the CPU with the threads that torch has; and links between the ranks of the process
     group, which is made for the time of the measurement under `torchrun`. Collective over all ranks; the slowest counts.
+
+    Args:
+        dtype (`torch.dtype`): of the matrix product.
     """
     device = torch.device(torch.accelerator.current_accelerator() or "cpu")
     with _process_group() as has_group:
-        product_s = torch.tensor(_product_seconds(device), dtype=torch.float64, device=device)
+        product_s = torch.tensor(_product_seconds(device, dtype), dtype=torch.float64, device=device)
         flops = 2 * _side(device) ** 3
         if not has_group:
             return Calibration(flops / product_s.item())
@@ -62,7 +65,7 @@ def calibrate() -> Calibration:
             inter_bytes_per_s=cost.remote_bytes_per_s * max(topology.node_sizes) if topology.num_nodes > 1 else None,
             intra_bytes_per_s=cost.node_local_bytes_per_s if max(topology.node_sizes) > 1 else None,
             latency_s=max(cost.latency_s / (topology.num_ranks - 1), _LEAST_LATENCY_S),
-            is_gloo=dist.get_backend() == "gloo",
+            is_gloo=f"{device.type}:gloo" in dist.get_backend_config(),
             is_first_rank=rank == 0,
         )
 
@@ -84,7 +87,6 @@ def _side(device: torch.device) -> int:
     return _SIDE.get(device.type, _SIDE_OF_ACCELERATORS)
 
 
-def _product_seconds(device: torch.device) -> float:
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+def _product_seconds(device: torch.device, dtype: torch.dtype) -> float:
     factors = torch.ones(_side(device), _side(device), dtype=dtype, device=device)
     return _seconds(lambda: factors @ factors, device)

@@ -7,6 +7,7 @@ import math
 import os
 from typing import Any
 
+import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -150,7 +151,7 @@ def plan_from_options(options: dict[str, Any]) -> str | None:
     for name in ("local_share", "overlap", "utilization"):
         if options[name] is not None and not 0 <= options[name] <= 1:
             raise ValueError(f"`{name}` ({options[name]}) must be within 0 and 1: give a share.")
-    measured = calibrate() if options["calibrate"] else None
+    measured = calibrate(getattr(torch, options["dtype"])) if options["calibrate"] else None
     if measured is not None and not measured.is_first_rank:
         return None
     config, size = read_model(options["config"])
