@@ -384,10 +384,16 @@ def one_copy_groups(topology: NodeTopology, num_experts: int) -> LayoutGroups:
     )
 
 
-def layout_cost(groups: LayoutGroups, size: ModelSize, work: Workload, local_share: float | None = None) -> LayoutCost:
-    """Bytes and memory of one layout; see [`predict_layouts`]."""
+def layout_cost(
+    groups: LayoutGroups,
+    size: ModelSize,
+    work: Workload,
+    local_share: float | None = None,
+    picks_neighbours: bool = False,
+) -> LayoutCost:
+    """Bytes and memory of one layout; see [`predict_layouts`] and [`token_traffic`]."""
     parameters = parameter_traffic(groups, size, work)
-    tokens = token_traffic(groups, size, work, local_share)
+    tokens = token_traffic(groups, size, work, local_share, picks_neighbours)
     of_experts = groups.expert_ranks * groups.expert_shards.num_ranks
     held = size.dense_parameters / groups.dense_shards.num_ranks + size.expert_parameters / of_experts
     return LayoutCost(

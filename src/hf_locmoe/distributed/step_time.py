@@ -66,6 +66,7 @@ class Routing:
         local_share (`float`, *optional*):
             share of the assignments that stay on their node, on nodes that have experts; uniform when left out.
         load_cv (`float`): coefficient of variation of the experts' loads, in the tokens of all ranks.
+        picks_neighbours (`bool`): whether the experts of a token follow each other, as our hash gate's do.
         busiest_rank (`float`, *optional*): load of the busiest rank over the mean, where it was counted.
         busiest_node (`float`, *optional*): load of the busiest node over the mean, where it was counted.
     """
@@ -73,6 +74,7 @@ class Routing:
     name: str
     local_share: float | None = None
     load_cv: float = 0.0
+    picks_neighbours: bool = False
     busiest_rank: float | None = None
     busiest_node: float | None = None
 
@@ -93,7 +95,7 @@ LOAD_CV = {"hash": 0.043, "switch": 0.498, "locmoe": 0.491, "locmoe-balanced": 0
 def routings(local_share: float, load_cv: dict[str, float] | None = None) -> list[Routing]:
     """Hash and Switch, which spread tokens uniformly over nodes, and LocMoe's gate at a node-local share."""
     return [
-        Routing(name, local_share if name.startswith("locmoe") else None, cv)
+        Routing(name, local_share if name.startswith("locmoe") else None, cv, picks_neighbours=name == "hash")
         for name, cv in (LOAD_CV | (load_cv or {})).items()
     ]
 
@@ -149,7 +151,7 @@ def predict_step(
     groups: LayoutGroups, size: ModelSize, machine: Machine, work: Workload, routing: Routing
 ) -> StepTime:
     """One layout with one way of routing."""
-    cost = layout_cost(groups, size, work, routing.local_share)
+    cost = layout_cost(groups, size, work, routing.local_share, routing.picks_neighbours)
     busiest_rank = routing.busiest_rank or routing.busiest(groups.expert_parts, size.num_experts / groups.expert_parts)
     busiest_node = routing.busiest_node or routing.busiest(groups.expert_nodes, size.num_experts / groups.expert_nodes)
 
@@ -157,9 +159,9 @@ def predict_step(
     of_holders = groups.expert_parallel.num_nodes / groups.expert_nodes
     compute_s = (dense_flops + expert_flops * of_holders * busiest_rank) / machine.flops_per_s
 
-    local_share = groups.mean_local_share(routing.local_share)
+    local_share = groups.mean_local_share(routing.local_share, size)
     # The busiest direction of a link and the busiest rank of a node are what an exchange waits for.
-    slowest_link = groups.busiest_direction(routing.local_share, busiest_node) / (1 - local_share or 1)
+    slowest_link = groups.busiest_direction(routing.local_share, size, busiest_node) / (1 - local_share or 1)
     waited_for = replace(
         cost.tokens,
         bytes_inter_node=cost.tokens.bytes_inter_node * slowest_link,

@@ -12,6 +12,7 @@ twice that, all-to-all `p - 1` rounds.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,8 @@ class Span:
     @classmethod
     def of(cls, nodes: list[int]) -> Span:
         """From the node of each of its ranks."""
-        return cls(len(nodes), len(set(nodes)), max(nodes.count(node) for node in {*nodes}))
+        counts = Counter(nodes)
+        return cls(len(nodes), len(counts), max(counts.values()))
 
 
 @dataclass(frozen=True)
@@ -141,18 +143,19 @@ class LayoutGroups:
         """Parts that the experts of a group are in, each computed at its own pace: ranks, or nodes that share theirs."""
         return self.expert_ranks if self.nodes_with_experts is None else self.expert_nodes
 
-    def local_share(self, of_router: float | None) -> float:
+    def local_share(self, of_router: float | None, size: ModelSize) -> float:
         """
-        Share of the assignments that stay on their node, on nodes that have experts: the router's, which uniform
-        routing, one part in `expert_nodes`, is the least of.
+        Share of the assignments that stay on their node, on nodes that have experts: the router's, but at least one part
+        in `expert_nodes`, which uniform routing keeps, and no more than a node has experts for the k of a token.
         """
-        return max(1 / self.expert_nodes, of_router or 0.0)
+        most = size.num_experts / self.expert_nodes / max(size.num_experts_per_tok, 1)
+        return max(1 / self.expert_nodes, min(of_router or 0.0, most))
 
-    def mean_local_share(self, of_router: float | None) -> float:
+    def mean_local_share(self, of_router: float | None, size: ModelSize) -> float:
         """The same over all nodes: on one without experts nothing stays. Uniform routing gives one part in `num_nodes`."""
-        return self.local_share(of_router) * self.expert_nodes / self.expert_parallel.num_nodes
+        return self.local_share(of_router, size) * self.expert_nodes / self.expert_parallel.num_nodes
 
-    def busiest_direction(self, of_router: float | None, busiest_node: float = 1.0) -> float:
+    def busiest_direction(self, of_router: float | None, size: ModelSize, busiest_node: float = 1.0) -> float:
         """
         Tokens in the busiest direction of a node's link during an exchange, as a multiple of a node's own tokens: the
         exchange ends when that direction has ended.
@@ -162,11 +165,11 @@ class LayoutGroups:
         theirs.
 
         Args:
-            of_router (`float`, *optional*): the local share of [`LayoutGroups.local_share`].
+            of_router (`float`, *optional*), size (`ModelSize`): as in [`LayoutGroups.local_share`].
             busiest_node (`float`): load of the busiest node over the mean of the nodes with experts.
         """
         nodes, holders = self.expert_parallel.num_nodes, self.expert_nodes
-        incoming = busiest_node * (nodes / holders - self.local_share(of_router))
+        incoming = busiest_node * (nodes / holders - self.local_share(of_router, size))
         return incoming if nodes == holders else max(incoming, 1.0)
 
 
@@ -215,24 +218,38 @@ def parameter_traffic(groups: LayoutGroups, size: ModelSize, work: Workload) -> 
     )
 
 
-def token_traffic(groups: LayoutGroups, size: ModelSize, work: Workload, local_share: float | None) -> Traffic:
+def token_traffic(
+    groups: LayoutGroups,
+    size: ModelSize,
+    work: Workload,
+    local_share: float | None,
+    picks_neighbours: bool = False,
+) -> Traffic:
     """
-    Tokens of a step to their experts and back. A token crosses once for every other node that has one of its experts
-    and is handed on inside that node; inside its own node it goes once to every rank that has one.
+    Tokens of a step to their experts and back, by fan-out "node": a token crosses once for every other node that has one
+    of its experts and is handed on inside that node; inside its own node it goes once to every rank that has one.
 
     Args:
         local_share (`float`, *optional*): the router's, see [`LayoutGroups.local_share`]; uniform when left out.
+        picks_neighbours (`bool`):
+            whether a token's experts follow each other, as our hash gate's do, so that they often share a place.
     """
     span, top_k = groups.expert_parallel, size.num_experts_per_tok
     if span.num_ranks == 1 or not size.num_moe_layers:
         return Traffic()
-    local_share = groups.mean_local_share(local_share)
+    local_share = groups.mean_local_share(local_share, size)
     other_nodes = groups.expert_nodes - 1 or 1
     on_node = span.ranks_on_node
 
     def copies(share: float, places: int) -> float:
-        """Places that get a token if each of its k experts is on one of them with probability `share`."""
-        return places * (1 - (1 - share / places) ** top_k)
+        """Places that get a token, if `share` of its k different experts are on one of them."""
+        if picks_neighbours:
+            experts_of_place = share / places * size.num_experts
+            return places * min((experts_of_place + top_k - 1) / size.num_experts, 1.0)
+        missed = 1.0
+        for drawn in range(top_k):  # experts are drawn without putting them back
+            missed *= max(1 - share / places * size.num_experts / (size.num_experts - drawn), 0.0)
+        return places * (1 - missed)
 
     crossing = copies(1 - local_share, other_nodes)
     handed_on = copies(1 - local_share, other_nodes * on_node) - crossing

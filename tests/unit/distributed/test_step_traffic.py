@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_locmoe import LocMoeConfig
 from hf_locmoe.distributed.layouts import ModelSize, layout_groups, one_copy_groups
 from hf_locmoe.distributed.step_traffic import (
     Span,
@@ -16,6 +17,7 @@ from hf_locmoe.distributed.step_traffic import (
     token_traffic,
 )
 from hf_locmoe.distributed.topology import NodeTopology
+from hf_locmoe.moe.baseline_gates import HashGate
 from tests.unit.distributed.recorded_steps import RecordedSteps
 
 
@@ -65,7 +67,7 @@ def test_experts_that_ranks_do_not_divide_are_gathered_in_upstreams_layouts():
     sharded = layout_groups("sharded", topology(4, 8), 16)
     assert sharded.expert_parallel == Span()
     assert sharded.expert_shards == Span(32, 4, 8)
-    assert sharded.mean_local_share(None) == 1
+    assert sharded.mean_local_share(None, size_of(16)) == 1
 
 
 def test_more_nodes_than_experts():
@@ -73,14 +75,21 @@ def test_more_nodes_than_experts():
     assert layout_groups("spread", job, 16).expert_parallel == Span(16, 2, 8)  # copies, each on two nodes
     one_copy = one_copy_groups(job, 16)
     assert (one_copy.expert_parallel.num_nodes, one_copy.expert_nodes, one_copy.expert_ranks) == (32, 16, 128)
-    assert one_copy.mean_local_share(None) == pytest.approx(1 / 32)
-    assert one_copy.mean_local_share(0.8) == pytest.approx(0.4)  # half of the nodes keep nothing
+    assert one_copy.mean_local_share(None, size_of(16)) == pytest.approx(1 / 32)
+    assert one_copy.mean_local_share(0.8, size_of(16)) == pytest.approx(0.4)  # half of the nodes keep nothing
 
 
 def test_a_router_keeps_at_least_what_chance_keeps():
     groups = layout_groups("spread", topology(4, 2), 8)
-    assert groups.mean_local_share(None) == groups.mean_local_share(0.1) == 0.25
-    assert groups.mean_local_share(0.9) == 0.9
+    assert groups.mean_local_share(None, size_of()) == groups.mean_local_share(0.1, size_of()) == 0.25
+    assert groups.mean_local_share(0.9, size_of()) == 0.9
+
+
+def test_a_token_of_many_experts_finds_only_those_of_its_node():
+    groups = layout_groups("spread", topology(4, 2), 8)
+    assert groups.mean_local_share(0.9, size_of(top_k=2)) == 0.9  # two experts on each node
+    assert groups.mean_local_share(0.9, size_of(top_k=4)) == 0.5
+    assert groups.mean_local_share(None, size_of(top_k=8)) == 0.25
 
 
 # ---- weights and gradients ------------------------------------------------------------------------------------------
@@ -129,18 +138,30 @@ def counted(node_of_expert, tokens_of_node, num_nodes, top_k, choose):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_rows_between_nodes_agree_with_counting(top_k):
+@pytest.mark.parametrize("picks_neighbours", [False, True])
+def test_rows_between_nodes_agree_with_counting(top_k, picks_neighbours):
     num_nodes, ranks_per_node, tokens = 4, 2, 20000
     generator = torch.Generator().manual_seed(0)
 
     def uniform(node, count, k):
-        return torch.randint(8, (count, k), generator=generator)
+        if picks_neighbours:
+            return (torch.randint(8, (count, 1), generator=generator) + torch.arange(k)) % 8
+        return torch.rand(count, 8, generator=generator).topk(k).indices
 
     sent = counted(torch.arange(8) // 2, tokens * ranks_per_node, num_nodes, top_k, uniform)
     groups = layout_groups("spread", topology(num_nodes, ranks_per_node), 8)
-    predicted = token_traffic(groups, size_of(8, top_k), Workload(tokens, bytes_per_element=1), None)
+    work = Workload(tokens, bytes_per_element=1)
+    predicted = token_traffic(groups, size_of(8, top_k), work, None, picks_neighbours)
     leaving = (sent.sum(1) - sent.diagonal()).mean().item()
     assert predicted.bytes_inter_node == pytest.approx(4 * leaving, rel=0.02)  # four exchanges; 2 % are 3 sigma
+
+
+def test_our_hash_gate_picks_neighbours():
+    config = LocMoeConfig(vocab_size=64, num_experts=8, num_experts_per_tok=3, gate_type="hash")
+    gate = HashGate(config)
+    gate.balance_by_frequency(torch.ones(64))
+    experts = gate.expert_of_token
+    assert torch.equal((experts[:, 1:] - experts[:, :-1]) % 8, torch.ones(64, 2, dtype=torch.int64))
 
 
 def test_a_recomputed_layer_sends_once_more():
@@ -170,9 +191,11 @@ def test_a_node_without_experts_sends_all_and_the_others_take_it_in(num_nodes, l
 
     sent = counted(torch.arange(num_experts), tokens, num_nodes, 1, route)
     leaving, arriving = (sent.fill_diagonal_(0).sum(axis) / tokens for axis in (1, 0))
-    assert 1 - groups.mean_local_share(local_share) == pytest.approx(leaving.mean().item(), rel=0.02)
+    assert 1 - groups.mean_local_share(local_share, size_of(num_experts)) == pytest.approx(
+        leaving.mean().item(), rel=0.02
+    )
     busiest = max(leaving.max().item(), arriving.max().item())
-    assert groups.busiest_direction(local_share) == pytest.approx(busiest, rel=0.05)
+    assert groups.busiest_direction(local_share, size_of(num_experts)) == pytest.approx(busiest, rel=0.05)
 
 
 # ---- recorded runs --------------------------------------------------------------------------------------------------
