@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from .overlap import CostModel, _seconds
 _SIDE = {"cpu": 1024}
 _SIDE_OF_ACCELERATORS = 8192
 _LEAST_LATENCY_S = 1e-7
+_REPEATS = 9  # one measurement takes a fraction of a second and swings by a third
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ def calibrate(dtype: torch.dtype = torch.float32) -> Calibration:
             return Calibration(flops / product_s.item())
         dist.all_reduce(product_s, op=dist.ReduceOp.MAX)
         topology, rank = job_topology(), dist.get_rank()
-        cost = CostModel.measure(
-            Peers(topology.with_experts(topology.num_ranks), rank, dist.group.WORLD, device=device)
-        )
+        peers = Peers(topology.with_experts(topology.num_ranks), rank, dist.group.WORLD, device=device)
+        measured = [CostModel.measure(peers) for _ in range(_REPEATS)]
+        cost = CostModel(*(median(getattr(one, field.name) for one in measured) for field in fields(CostModel)))
         return Calibration(
             product_flops_per_s=flops / product_s.item(),
             inter_bytes_per_s=cost.remote_bytes_per_s * max(topology.node_sizes) if topology.num_nodes > 1 else None,
