@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from statistics import median
@@ -51,7 +52,7 @@ def calibrate(dtype: torch.dtype = torch.float32) -> Calibration:
     Args:
         dtype (`torch.dtype`): of the matrix product.
     """
-    device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+    device = _device_of_rank()
     with _process_group() as has_group:
         product_s = torch.tensor(_product_seconds(device, dtype), dtype=torch.float64, device=device)
         flops = 2 * _side(device) ** 3
@@ -83,6 +84,15 @@ def _process_group() -> Iterator[bool]:
         yield dist.get_world_size() > 1
     finally:
         dist.destroy_process_group()
+
+
+def _device_of_rank() -> torch.device:
+    """The accelerator that the launcher means for this process, made the current one; else the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
+    torch.accelerator.set_device_index(index)
+    return torch.device(torch.accelerator.current_accelerator().type, index)
 
 
 def _side(device: torch.device) -> int:

@@ -36,3 +36,11 @@ def test_ranks_measure_the_links_they_have_and_agree(ranks_per_node, has_inter, 
     assert (first.inter_bytes_per_s is not None, first.intra_bytes_per_s is not None) == (has_inter, has_intra)
     assert first.latency_s == second.latency_s > 0
     assert first.is_gloo
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_accelerator_is_measured_where_there_is_one(dtype, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert calibration._device_of_rank() == torch.device("cuda", 0)
+    assert 0 < calibrate(dtype).product_flops_per_s < math.inf
