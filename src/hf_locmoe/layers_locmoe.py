@@ -71,7 +71,7 @@ class LocMoeSparseMoeBlock(nn.Module):
         input_ids, domain_ids, token_mask = (
             None if ids is None else ids.flatten() for ids in (input_ids, domain_ids, token_mask)
         )
-        logits, weights, wanted = self.gate(tokens, input_ids, domain_ids)
+        logits, weights, wanted, *summed = self.gate(tokens, input_ids, domain_ids, token_mask, output_router_stats)
         index, dropped, rerouted = wanted, None, None
         capacity = self.capacity_rule.capacity(tokens.shape[0])
         remote_tier = self.remote_tier if self.training else None
@@ -87,7 +87,7 @@ class LocMoeSparseMoeBlock(nn.Module):
         if not output_router_stats:
             return (output,)
         quantile = self.capacity_rule.quantile if self.capacity_rule.measures_cosines else None
-        stats = router_statistics(self.gate, tokens, logits, wanted, token_mask, dropped, rerouted, quantile)
+        stats = router_statistics(self.gate, tokens, logits, wanted, token_mask, dropped, rerouted, quantile, *summed)
         if not getattr(self.gate, "uses_centering", False):
             return output, stats
         with torch.no_grad():

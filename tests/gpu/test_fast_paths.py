@@ -128,6 +128,44 @@ def test_block_agrees_with_plain_torch_and_never_waits(affinity, num_experts, to
     assert_close_by_scale(actual, expected, torch.bfloat16)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "hidden_size, num_experts, top_k",
+    [(2560, 16, 1), (2560, 24, 1), (2048, 64, 8), (2048, 128, 8), (4096, 256, 8), (2000, 48, 2), (2560, 96, 1)],
+)
+def test_gate_agrees_with_plain_torch_and_never_waits(hidden_size, num_experts, top_k, masked):
+    torch.manual_seed(0)
+    config = tiny_config(hidden_size=hidden_size, num_experts=num_experts, num_experts_per_tok=top_k)
+    router = gate.LocMoeGate(config).cuda().train()
+    # whole numbers, whose sums are exact in any order: a tie is one on both sides
+    x = torch.randint(-3, 4, (1500, hidden_size), device="cuda").bfloat16().requires_grad_()
+    mask = torch.rand(1500, device="cuda") > 0.2 if masked else None
+    directions = [torch.randn(1500, top_k, device="cuda"), torch.randn(num_experts, device="cuda")]
+
+    def step():
+        logits, weights, index, *summed = router(x, token_mask=mask, output_router_stats=True)
+        assert bool(summed) == (gate.pool_affinity is not None)
+        stats = routing.router_statistics(router, x, logits, index, mask, summed=summed[0] if summed else None)
+        (grad,) = torch.autograd.grad([weights, stats[routing.RouterStat.PROB_SUM]], [x], directions)
+        return [index, logits.detach(), weights.detach(), stats.detach(), grad]
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        index, *actual = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with (
+        mock.patch.object(routing, "route_sums", None),
+        mock.patch.object(routing, "top_k_of_router", None),
+        mock.patch.object(gate, "pool_affinity", None),
+    ):
+        expected_index, *expected = step()
+    assert torch.equal(index, expected_index)
+    assert_close_by_scale(actual[:-1], expected[:-1], torch.float32)
+    assert_close_by_scale(actual[-1:], expected[-1:], torch.bfloat16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "capacity, dtype",

@@ -11,11 +11,11 @@ import math
 
 import torch
 
-from .routing import Router
+from .routing import Router, cosine_stride
 
 
 try:
-    from .gate_kernels import pool_affinity, pools_in_one_tile
+    from .gate_kernels import pool_affinity, pools_in_one_pass, route_pooled
 except ImportError:  # no Triton
     pool_affinity = None
 
@@ -60,6 +60,35 @@ class LocMoeGate(Router):
             gaussian = torch.randn(self.hidden_size, self.num_experts, generator=generator, dtype=torch.float64)
             copy(self.rotation, torch.linalg.qr(gaussian).Q.T.float())
 
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        domain_ids: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        output_router_stats: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        if self.num_expert_groups > 1 or not self._pools_in_one_pass(hidden_states):
+            return super().forward(hidden_states, input_ids, domain_ids)
+        self._refuse_what_is_not_finite(hidden_states)
+        num_tokens = hidden_states.shape[0]
+        noise = None
+        if self.training and self.noise_std > 0:
+            noise = self.noise_std * torch.randn(num_tokens, self.num_experts, device=hidden_states.device)
+        logits, weights, index, stats = route_pooled(
+            hidden_states,
+            self._choice_bias(),
+            noise,
+            self.num_experts,
+            self.top_k,
+            cosine=self.affinity_type == "cosine",
+            relu=self.use_relu,
+            norm_topk_prob=self.norm_topk_prob,
+            token_mask=token_mask,
+            sample_stride=cosine_stride(num_tokens) if output_router_stats else 0,
+        )
+        return (logits, weights, index, stats) if output_router_stats else (logits, weights, index)
+
     def affinity(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
         if self._pools_in_one_pass(hidden_states):
             return pool_affinity(hidden_states, self.num_experts, self.affinity_type == "cosine")
@@ -78,7 +107,7 @@ class LocMoeGate(Router):
         if pool_affinity is None or not hidden_states.is_cuda or hidden_states.dtype == torch.float64:
             return False
         plain = not (self.uses_centering or self.uses_rotation)
-        return plain and pools_in_one_tile(self.hidden_size, self.num_experts)
+        return plain and pools_in_one_pass(self.hidden_size, self.num_experts)
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, d) to the (T, n) products with the unit-norm gate weights, and the (centred) hidden states."""

@@ -1,184 +1,254 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Triton kernel for grouped average pooling: block sums, norm and affinities in one pass over the hidden states.
+The LocMoE gate's kernels (`gate_jit_kernels.py`) as operators of torch: what autograd and the compiler see of them.
 
 Importing this file needs Triton; the gate falls back to plain torch where it is missing.
 
-Shapes: T tokens, d = hidden_size, n = num_experts.
+Shapes: T tokens, d = hidden_size, n = num_experts, k = num_experts_per_tok, S = len(RouterStat).
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-
-_TILE = 4096  # elements of the hidden states that a program holds, padding included
-_MAX_TILE = 32768
+from .gate_jit_kernels import add_partials_kernel, route_backward_kernel, route_kernel, sum_blocks_kernel
 
 
-def pools_in_one_tile(hidden_size: int, num_experts: int) -> bool:
-    """Whether a token fits the registers of one program, its blocks padded to powers of two."""
-    return _padded_size(hidden_size, num_experts) <= _MAX_TILE
+_TILE = 4096  # elements of the hidden states that a program holds
+_MAX_BLOCK = 32768  # dimensions of an expert's block, all in registers
+_ROUTED = 2048  # affinities that a program routes, and the most tokens they may be of
+_CHUNK = 32
+_BACKWARD_CHUNK = 8  # tokens of a program of the backward
+_MAX_EXPERTS = 8192  # affinities of one token, all in registers
+_PROGRAMS = 512  # that many keep an H100 busy
+_NUM_STATS, _NUM_SUMMED = 7, 4  # rows of `RouterStat`, and of those the ones that a gate sums itself
 
 
-def _padded_size(hidden_size: int, num_experts: int) -> int:
-    return triton.next_power_of_2(num_experts) * triton.next_power_of_2(-(-hidden_size // num_experts))
+def pools_in_one_pass(hidden_size: int, num_experts: int) -> bool:
+    """Whether a block of dimensions and a token's affinities fit the registers of one program."""
+    return -(-hidden_size // num_experts) <= _MAX_BLOCK // 2 and num_experts <= _MAX_EXPERTS
 
 
-@triton.jit
-def _blocks(n: tl.constexpr, D: tl.constexpr, N_PAD: tl.constexpr):
-    """First dimension and number of dimensions of each expert's block."""
-    expert = tl.arange(0, N_PAD)
-    if D % n == 0:
-        return expert * (D // n), tl.full((N_PAD,), D // n, tl.int32)
-    else:
-        start = expert * D // n
-        return start, (expert + 1) * D // n - start
+def _chunk(num_tokens: int, most: int) -> int:
+    """Tokens of a program: a power of two, at most `most`, less where that would leave multiprocessors idle."""
+    return max(1, min(most, triton.next_power_of_2(num_tokens // _PROGRAMS)))
 
 
-@triton.jit
-def _tile(n: tl.constexpr, D: tl.constexpr, N_PAD: tl.constexpr, SIZE_PAD: tl.constexpr):
-    """(N_PAD, SIZE_PAD) offsets of the hidden dimensions in a token, and which of them exist."""
-    expert, within = tl.arange(0, N_PAD), tl.arange(0, SIZE_PAD)
-    start, size = _blocks(n, D, N_PAD)
-    offset = start[:, None] + within[None, :]
-    # a constant bound where there is one lets the loads be 16 bytes wide
-    bound = D // n if D % n == 0 else size[:, None]
-    return offset, (within[None, :] < bound) & (expert[:, None] < n)
+@functools.lru_cache(maxsize=256)
+def _sum_layout(num_tokens: int, d: int, n: int) -> dict[str, int]:
+    """Tiles of `sum_blocks_kernel`."""
+    align = 8 if d % 8 == 0 else 1
+    starts = [i * d // n for i in range(n + 1)]
+    widest = max(-(-end // align) * align - start // align * align for start, end in zip(starts, starts[1:]))
+    size = triton.next_power_of_2(widest)
+    window = triton.next_power_of_2(n)
+    # where neighbours have to be set to 0, more tokens share that work
+    tile = _TILE if d % n == 0 and d // n % align == 0 else 2 * _TILE
+    # as many experts as fit, with few lanes past the last
+    while window > 1 and (window * size > tile or -(-n // window) * window > 1.25 * n):
+        window //= 2
+    tokens = _chunk(num_tokens, max(1, tile // (window * size)))
+    windows = -(-n // window)
+    return {"TOKENS": tokens, "WINDOW": window, "WINDOWS": windows, "SIZE_PAD": size, "ALIGN": align}
 
 
-@triton.jit
-def _pool_kernel(
-    hidden,
-    affinity,
-    norm,
-    T,
-    n: tl.constexpr,
-    D: tl.constexpr,
-    COSINE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    N_PAD: tl.constexpr,
-    SIZE_PAD: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    exists = token < T
-    offset, inside = _tile(n, D, N_PAD, SIZE_PAD)
-    x = tl.load(
-        hidden + token[:, None, None] * D + offset[None], mask=exists[:, None, None] & inside[None], other=0.0
-    ).to(tl.float32)
-    _, size = _blocks(n, D, N_PAD)
-    total = tl.sum(x, axis=2)
-    if COSINE:
-        length = tl.sqrt(tl.sum(tl.sum(x * x, axis=2), axis=1))
-        tl.store(norm + token, length, mask=exists)
-        length = tl.where(length == 0, 1.0, length)
-        value = total / tl.sqrt(size.to(tl.float32))[None, :] / length[:, None] * D**0.5
-    else:
-        value = total / size.to(tl.float32)[None, :]
-    expert = tl.arange(0, N_PAD)
-    tl.store(affinity + token[:, None] * n + expert[None, :], value, mask=exists[:, None] & (expert < n)[None, :])
+@functools.lru_cache(maxsize=256)
+def _backward_layout(num_tokens: int, d: int, n: int) -> dict[str, int]:
+    """Tiles of `route_backward_kernel`."""
+    padded = triton.next_power_of_2(n)
+    chunk = _chunk(num_tokens, max(1, min(_BACKWARD_CHUNK, _MAX_EXPERTS // padded)))
+    # blocks of 7 dimensions or more: of 8 dimensions that begin at a multiple of 8, at most two experts have a part
+    width = 8 if d % 8 == 0 and d // n >= 7 else 1
+    vectors = triton.next_power_of_2(d // width)
+    while vectors > 1 and (vectors * width > 1024 or -(-d // (vectors * width)) * vectors * width > 1.1 * d):
+        vectors //= 2
+    tokens = max(1, min(chunk, _TILE // (vectors * width)))
+    return {"CHUNK": chunk, "N_PAD": padded, "TOKENS": tokens, "VECTORS": vectors, "WIDTH": width}
 
 
-@triton.jit
-def _pool_backward_kernel(
-    grad,
-    hidden,
-    affinity,
-    norm,
-    grad_hidden,
-    T,
-    n: tl.constexpr,
-    D: tl.constexpr,
-    COSINE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    N_PAD: tl.constexpr,
-    SIZE_PAD: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    exists = token < T
-    expert = tl.arange(0, N_PAD)
-    of_expert = token[:, None] * n + expert[None, :]
-    has_expert = exists[:, None] & (expert < n)[None, :]
-    slope = tl.load(grad + of_expert, mask=has_expert, other=0.0)
-    offset, inside = _tile(n, D, N_PAD, SIZE_PAD)
-    place = token[:, None, None] * D + offset[None]
-    inside = exists[:, None, None] & inside[None]
-    _, size = _blocks(n, D, N_PAD)
-    if COSINE:
-        length = tl.load(norm + token, mask=exists, other=1.0)
-        length = tl.where(length == 0, 1.0, length)
-        along = tl.sum(slope * tl.load(affinity + of_expert, mask=has_expert, other=0.0), axis=1) / (length * length)
-        slope = slope / tl.sqrt(size.to(tl.float32))[None, :] / length[:, None] * D**0.5
-        x = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
-        value = slope[:, :, None] - x * along[:, None, None]
-    else:
-        value = (slope / size.to(tl.float32)[None, :])[:, :, None] + tl.zeros((TOKENS, N_PAD, SIZE_PAD), tl.float32)
-    tl.store(grad_hidden + place, value.to(grad_hidden.dtype.element_ty), mask=inside)
-
-
-def _layout(hidden: Tensor, num_experts: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and constants of both kernels."""
-    num_tokens, hidden_size = hidden.shape
-    padded = _padded_size(hidden_size, num_experts)
-    tokens = max(1, _TILE // padded)
-    constants = {
-        "T": num_tokens,
-        "n": num_experts,
-        "D": hidden_size,
-        "TOKENS": tokens,
-        "N_PAD": triton.next_power_of_2(num_experts),
-        "SIZE_PAD": triton.next_power_of_2(-(-hidden_size // num_experts)),
-        "num_warps": 4 if padded * tokens <= 4096 else 8,
-    }
-    return (triton.cdiv(num_tokens, tokens),), constants
-
-
-@torch.library.custom_op("hf_locmoe::pool_affinity", mutates_args=())
-def _pool(hidden_states: Tensor, num_experts: int, cosine: bool) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("hf_locmoe::route_pooled", mutates_args=())
+def _route(
+    hidden_states: Tensor,
+    bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    num_experts: int,
+    top_k: int,
+    cosine: bool,
+    relu: bool,
+    norm_topk_prob: bool,
+    sample_stride: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden_states = hidden_states.contiguous()
+    outputs = logits, weights, index, norm, stats = _empty_outputs(
+        hidden_states, num_experts, top_k, cosine, sample_stride
+    )
+    num_tokens, hidden_size = hidden_states.shape
+    if not num_tokens:
+        stats.zero_()
+        return outputs
+    tiles = _sum_layout(num_tokens, hidden_size, num_experts)
+    needs_norm, windows = cosine or sample_stride > 0, tiles["WINDOWS"]
+    squares = logits.new_empty((num_tokens if needs_norm else 0, windows))
+    sum_blocks_kernel[(triton.cdiv(num_tokens, tiles["TOKENS"]), windows)](
+        hidden_states, logits, squares, num_tokens, n=num_experts, D=hidden_size, NORM=needs_norm, **tiles
+    )
+    padded = triton.next_power_of_2(num_experts)
+    chunk = _chunk(num_tokens, max(1, min(_CHUNK, _ROUTED // padded)))
+    programs = triton.cdiv(num_tokens, chunk)
+    partials = logits.new_empty((programs if sample_stride else 0, _NUM_SUMMED, num_experts))
+    counts = logits.new_empty((programs if sample_stride else 0, 2))
+    route_kernel[(programs,)](
+        squares,
+        _or_any(bias, logits),
+        _or_any(noise, logits),
+        _or_any(token_mask, index),
+        logits,
+        weights,
+        index,
+        norm,
+        partials,
+        counts,
+        num_tokens,
+        n=num_experts,
+        D=hidden_size,
+        TOP_K=top_k,
+        K_PAD=triton.next_power_of_2(max(top_k, 1)),
+        COSINE=cosine,
+        RELU=relu,
+        NORMALIZE=norm_topk_prob,
+        NOISY=noise is not None,
+        STATS=sample_stride > 0,
+        MASKED=token_mask is not None,
+        STRIDE=sample_stride,
+        CHUNK=chunk,
+        N_PAD=padded,
+        WINDOWS=windows,
+        WINDOWS_PAD=triton.next_power_of_2(windows),
+        num_warps=max(1, min(8, chunk * padded // 256)),
+    )
+    if sample_stride:
+        experts = min(16, padded)
+        add_partials_kernel[(_NUM_STATS, triton.cdiv(num_experts, experts))](
+            partials, counts, stats, programs, n=num_experts, PARTS=256, EXPERTS=experts, num_warps=8
+        )
+    return outputs
+
+
+def _or_any(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """`tensor`, or where there is none something to point to, which the kernel does not touch."""
+    return other if tensor is None else tensor.contiguous()
+
+
+def _empty_outputs(hidden_states, num_experts, top_k, cosine, sample_stride):
     num_tokens = hidden_states.shape[0]
-    affinity = hidden_states.new_empty((num_tokens, num_experts), dtype=torch.float32)
-    norm = hidden_states.new_empty((num_tokens if cosine else 0,), dtype=torch.float32)
-    if num_tokens:
-        grid, constants = _layout(hidden_states, num_experts)
-        _pool_kernel[grid](hidden_states, affinity, norm, COSINE=cosine, **constants)
-    return affinity, norm
+    logits, weights, norm, stats = (
+        hidden_states.new_empty(shape, dtype=torch.float32)
+        for shape in (
+            (num_tokens, num_experts),
+            (num_tokens, top_k),
+            (num_tokens if cosine else 0,),
+            (_NUM_STATS if sample_stride else 0, num_experts),
+        )
+    )
+    index = hidden_states.new_empty((num_tokens, top_k), dtype=torch.int64)
+    return logits, weights, index, norm, stats
 
 
-@torch.library.custom_op("hf_locmoe::pool_affinity_backward", mutates_args=())
-def _pool_backward(grad: Tensor, hidden_states: Tensor, affinity: Tensor, norm: Tensor, cosine: bool) -> Tensor:
-    hidden_states, grad = hidden_states.contiguous(), grad.contiguous()
+@_route.register_fake
+def _(hidden_states, bias, noise, token_mask, num_experts, top_k, cosine, relu, norm_topk_prob, sample_stride):
+    return _empty_outputs(hidden_states, num_experts, top_k, cosine, sample_stride)
+
+
+@torch.library.custom_op("hf_locmoe::route_pooled_backward", mutates_args=())
+def _route_backward(
+    grad_logits: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_stats: Tensor | None,
+    hidden_states: Tensor,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    logits: Tensor,
+    index: Tensor,
+    norm: Tensor,
+    cosine: bool,
+    relu: bool,
+    norm_topk_prob: bool,
+) -> Tensor:
+    hidden_states = hidden_states.contiguous()
     grad_hidden = torch.empty_like(hidden_states)
-    if hidden_states.shape[0]:
-        grid, constants = _layout(hidden_states, affinity.shape[1])
-        _pool_backward_kernel[grid](grad, hidden_states, affinity, norm, grad_hidden, COSINE=cosine, **constants)
+    num_tokens, num_experts = logits.shape
+    if not num_tokens:
+        return grad_hidden
+    hidden_size = hidden_states.shape[1]
+    tiles = _backward_layout(num_tokens, hidden_size, num_experts)
+    route_backward_kernel[(triton.cdiv(num_tokens, tiles["CHUNK"]),)](
+        _or_any(grad_logits, logits),
+        _or_any(grad_weights, logits),
+        _or_any(grad_stats, logits),
+        hidden_states,
+        _or_any(noise, logits),
+        _or_any(token_mask, index),
+        logits,
+        index,
+        norm,
+        torch.empty_like(logits),
+        logits.new_empty((num_tokens,)),
+        grad_hidden,
+        num_tokens,
+        n=num_experts,
+        D=hidden_size,
+        TOP_K=index.shape[1],
+        COSINE=cosine,
+        RELU=relu,
+        NORMALIZE=norm_topk_prob,
+        NOISY=noise is not None,
+        FROM_LOGITS=grad_logits is not None,
+        FROM_WEIGHTS=grad_weights is not None and grad_weights.numel() > 0,
+        FROM_STATS=grad_stats is not None and grad_stats.numel() > 0,
+        MASKED=token_mask is not None,
+        num_warps=8,
+        **tiles,
+    )
     return grad_hidden
 
 
-@_pool.register_fake
-def _(hidden_states, num_experts, cosine):
-    num_tokens = hidden_states.shape[0]
-    affinity = hidden_states.new_empty((num_tokens, num_experts), dtype=torch.float32)
-    return affinity, hidden_states.new_empty((num_tokens if cosine else 0,), dtype=torch.float32)
-
-
-@_pool_backward.register_fake
-def _(grad, hidden_states, affinity, norm, cosine):
+@_route_backward.register_fake
+def _(
+    grad_logits,
+    grad_weights,
+    grad_stats,
+    hidden_states,
+    noise,
+    token_mask,
+    logits,
+    index,
+    norm,
+    cosine,
+    relu,
+    norm_topk_prob,
+):
     return hidden_states.new_empty(hidden_states.shape)
 
 
 def _save(ctx, inputs, output):
-    hidden_states, _, ctx.cosine = inputs
-    affinity, norm = output
-    ctx.save_for_backward(hidden_states, affinity, norm)
+    hidden_states, _, noise, token_mask, _, _, *ctx.options, _ = inputs
+    logits, _, index, norm, _ = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(index, norm)
+    ctx.save_for_backward(hidden_states, noise, token_mask, logits, index, norm)
 
 
-_pool.register_autograd(
-    lambda ctx, grad, _: (_pool_backward(grad, *ctx.saved_tensors, ctx.cosine), None, None), setup_context=_save
-)
+def _backward(ctx, grad_logits, grad_weights, _, __, grad_stats):
+    grad = _route_backward(grad_logits, grad_weights, grad_stats, *ctx.saved_tensors, *ctx.options)
+    return grad, *[None] * 9
+
+
+_route.register_autograd(_backward, setup_context=_save)
 
 
 def pool_affinity(hidden_states: Tensor, num_experts: int, cosine: bool) -> Tensor:
@@ -194,7 +264,43 @@ def pool_affinity(hidden_states: Tensor, num_experts: int, cosine: bool) -> Tens
     Returns:
         `torch.Tensor` of shape `(T, n)`, float32.
     """
-    return _pool(hidden_states, num_experts, cosine)[0]
+    return _route(hidden_states, None, None, None, num_experts, 0, cosine, False, False, 0)[0]
 
 
-__all__ = ["pool_affinity", "pools_in_one_tile"]
+def route_pooled(
+    hidden_states: Tensor,
+    bias: Tensor,
+    noise: Tensor | None,
+    num_experts: int,
+    top_k: int,
+    cosine: bool,
+    relu: bool,
+    norm_topk_prob: bool,
+    token_mask: Tensor | None = None,
+    sample_stride: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """
+    The gate from hidden states to experts, weights and statistics; `hidden_states`, `num_experts` and `cosine` as for
+    [`pool_affinity`].
+
+    Args:
+        bias (`torch.Tensor` of shape `(n,)`): Float32, added for the choice of experts alone.
+        noise (`torch.Tensor` of shape `(T, n)`, *optional*): Float32, added to the affinities.
+        top_k (`int`): Experts a token, at least 1.
+        relu (`bool`): Whether the logits pass through a ReLU; the choice is made before it.
+        norm_topk_prob (`bool`): Whether a token's weights are scaled to sum to one.
+        token_mask (`torch.Tensor` of shape `(T,)`, *optional*): False where a token counts in no statistic.
+        sample_stride (`int`): Every how many tokens the cosine with the first expert is taken; 0 for no statistics.
+
+    Returns:
+        Logits `(T, n)` and weights `(T, k)` float32, indices `(T, k)` int64, and the statistics `(S, n)` of
+        [`~hf_locmoe.moe.routing.router_statistics`] without drops and quantile, `(0, n)` if there are to be none. Of the
+        statistics, `PROB_SUM` alone carries a gradient.
+    """
+    logits, weights, index, _, stats = _route(
+        hidden_states, bias, noise, token_mask, num_experts, top_k, cosine, relu, norm_topk_prob, sample_stride
+    )
+    return logits, weights, index, stats
+
+
+__all__ = ["pool_affinity", "pools_in_one_pass", "route_pooled"]

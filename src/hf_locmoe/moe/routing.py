@@ -15,9 +15,9 @@ from torch import nn
 
 
 try:
-    from .router_kernels import route_sums, top_k_of_router
+    from .router_kernels import count_limited, route_sums, top_k_of_router
 except ImportError:  # no Triton
-    route_sums = top_k_of_router = None
+    count_limited = route_sums = top_k_of_router = None
 
 NUM_COSINE_SAMPLES = 1024  # tokens a layer and forward of which the token-gate cosine is taken
 
@@ -78,22 +78,23 @@ class Router(nn.Module):
         hidden_states: torch.Tensor,
         input_ids: torch.Tensor | None = None,
         domain_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        token_mask: torch.Tensor | None = None,
+        output_router_stats: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(T, d)`): Tokens.
             input_ids (`torch.Tensor` of shape `(T,)`, *optional*): Token ids; the hash gate needs them.
             domain_ids (`torch.Tensor` of shape `(T,)`, *optional*): The expert group of each token (two-level routing).
+            token_mask (`torch.Tensor` of shape `(T,)`, *optional*): False where a token counts in no statistic.
+            output_router_stats (`bool`): Whether there will be statistics of this forward.
 
         Returns:
             Router logits `(T, n)` float32 (-inf for experts outside a token's domain), routing weights `(T, k)` float32
-            and expert indices `(T, k)` int64, the best expert first.
+            and expert indices `(T, k)` int64, the best expert first. If asked for statistics, a gate that sums them in
+            the same pass returns them too: `(S, n)`, for [`router_statistics`] to complete.
         """
-        if self.check_finite and not torch.compiler.is_compiling() and not torch.isfinite(hidden_states).all():
-            raise ValueError(
-                f"The hidden states that reach the router of layer {self.layer_idx} hold NaN or infinite values. Lower "
-                f"the learning rate or check the data; `router_check_finite=False` turns this check off."
-            )
+        self._refuse_what_is_not_finite(hidden_states)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             affinity = self.affinity(hidden_states, input_ids)
             if self.training and self.noise_std > 0:
@@ -103,9 +104,7 @@ class Router(nn.Module):
                 affinity = affinity.masked_fill(~allowed, float("-inf"))
             logits = affinity.relu().masked_fill(affinity.isneginf(), float("-inf")) if self.use_relu else affinity
 
-            preference = (affinity + self.e_score_correction_bias.float()).detach()
-            if self.training and self.node_bias is not None:
-                preference = preference + self.node_bias
+            preference = (affinity + self._choice_bias()).detach()
             if self.num_expert_groups > 1 and allowed is None:
                 preference = limit_groups(preference, self.num_expert_groups, self.topk_group)
             index = stable_top_k(preference, self.top_k)
@@ -113,6 +112,18 @@ class Router(nn.Module):
             if self.norm_topk_prob:
                 weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         return logits, weights, index
+
+    def _choice_bias(self) -> torch.Tensor:
+        """(n,) float32, what is added to the affinities for the choice alone."""
+        bias = self.e_score_correction_bias.float()
+        return bias + self.node_bias if self.training and self.node_bias is not None else bias
+
+    def _refuse_what_is_not_finite(self, hidden_states: torch.Tensor) -> None:
+        if self.check_finite and not torch.compiler.is_compiling() and not torch.isfinite(hidden_states).all():
+            raise ValueError(
+                f"The hidden states that reach the router of layer {self.layer_idx} hold NaN or infinite values. Lower "
+                f"the learning rate or check the data; `router_check_finite=False` turns this check off."
+            )
 
     @torch.no_grad()
     def update_state(self, tokens_per_expert: torch.Tensor, hidden_sum: torch.Tensor | None = None) -> None:
@@ -186,6 +197,7 @@ def router_statistics(
     dropped: torch.Tensor | None = None,
     rerouted: torch.Tensor | None = None,
     cos_quantile: float | None = None,
+    summed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     One layer's statistics for one forward.
@@ -196,52 +208,66 @@ def router_statistics(
         router_logits (`torch.Tensor` of shape `(T, n)`): Float32.
         top_k_index (`torch.Tensor` of shape `(T, k)`): The experts wanted, before any capacity.
         token_mask (`torch.Tensor` of shape `(T,)`, *optional*): False where a token is padding, which counts nowhere.
-        dropped, rerouted (`torch.Tensor` of shape `(T, k)`, *optional*): Boolean, see [`RouterStat`].
+        dropped, rerouted (`torch.Tensor` of shape `(T, k)`, *optional*): Boolean, see [`RouterStat`]; both or none.
         cos_quantile (`float`, *optional*): Quantile of the cosines to record.
+        summed (`torch.Tensor` of shape `(S, n)`, *optional*): What the gate summed as it routed: all but the drops and the
+            quantile.
 
     Returns:
         `torch.Tensor` of shape `(S, n)`, float32. Only `PROB_SUM` carries a gradient.
     """
+    if summed is not None and dropped is None and cos_quantile is None:
+        return summed
+    on_kernels = route_sums is not None and router_logits.is_cuda
     # sums over thousands of tokens, some of them as products with a matrix, which autocast would make in half precision
     with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-        if route_sums is not None and router_logits.is_cuda:
-            sums = route_sums(router_logits, top_k_index, token_mask, dropped, rerouted)
+        if summed is None:
+            sums = route_sums if on_kernels else _plain_sums
+            prob_sum, tokens, entropy_sum = sums(router_logits, top_k_index, token_mask)
         else:
-            sums = torch.stack(_plain_sums(router_logits, top_k_index, token_mask, dropped, rerouted))
+            prob_sum, tokens, _, _, entropy_sum, cos_sum, cos_quantile_sum = summed
         with torch.no_grad():
-            cosine_rows = _cosine_rows(gate, hidden_states, top_k_index, token_mask, cos_quantile)
-        return torch.cat([sums, torch.stack(cosine_rows)])
+            num_dropped = num_rerouted = torch.zeros_like(tokens)
+            if dropped is not None:
+                count = count_limited if on_kernels else _plain_counts
+                num_dropped, num_rerouted = count(top_k_index, token_mask, dropped, rerouted, gate.num_experts)
+            if summed is None or cos_quantile is not None:
+                cos_sum, cos_quantile_sum = _cosine_rows(gate, hidden_states, top_k_index, token_mask, cos_quantile)
+        return torch.stack([prob_sum, tokens, num_dropped, num_rerouted, entropy_sum, cos_sum, cos_quantile_sum])
 
 
-def _plain_sums(router_logits, top_k_index, token_mask, dropped, rerouted):
-    """The rows from `PROB_SUM` to `ENTROPY_SUM`."""
+def _plain_sums(router_logits, top_k_index, token_mask):
+    """`PROB_SUM`, `TOKENS` and `ENTROPY_SUM`."""
     probabilities = router_logits.softmax(dim=-1)
-    weight = None if token_mask is None else token_mask.to(probabilities.dtype)
-    prob_sum = probabilities.sum(dim=0) if weight is None else weight @ probabilities
+    prob_sum = probabilities.sum(dim=0) if token_mask is None else token_mask.to(probabilities.dtype) @ probabilities
     with torch.no_grad():
-        probabilities = probabilities.detach()
-        one_hot = torch.nn.functional.one_hot(top_k_index, router_logits.shape[-1]).to(
-            probabilities.dtype
-        )  # (T, k, n)
-        if weight is not None:
-            one_hot = one_hot * weight[:, None, None]
+        one_hot = _counted_one_hot(top_k_index, token_mask, router_logits.shape[-1]).to(probabilities.dtype)
         entropy = -torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
-        tokens = one_hot.sum(dim=(0, 1))
-        flagged = [
-            torch.zeros_like(tokens) if flags is None else _count(flags, one_hot) for flags in (dropped, rerouted)
-        ]
-        return [prob_sum, tokens, *flagged, entropy @ one_hot[:, 0]]
+        return prob_sum, one_hot.sum(dim=(0, 1)), entropy @ one_hot[:, 0]
 
 
-def _count(flags: torch.Tensor, one_hot: torch.Tensor) -> torch.Tensor:
-    return (one_hot * flags.unsqueeze(-1)).sum(dim=(0, 1))
+def _plain_counts(top_k_index, token_mask, dropped, rerouted, num_experts):
+    """`DROPPED` and `REROUTED`."""
+    one_hot = _counted_one_hot(top_k_index, token_mask, num_experts)
+    return [(one_hot * flags.unsqueeze(-1)).sum(dim=(0, 1)) for flags in (dropped, rerouted)]
+
+
+def _counted_one_hot(top_k_index, token_mask, num_experts):
+    """(T, k, n) float32, 0 where a token does not count."""
+    one_hot = torch.nn.functional.one_hot(top_k_index, num_experts).float()
+    return one_hot if token_mask is None else one_hot * token_mask[:, None, None]
+
+
+def cosine_stride(num_tokens: int) -> int:
+    """Every how many tokens the token-gate cosine is taken."""
+    return -(-num_tokens // NUM_COSINE_SAMPLES)
 
 
 def _cosine_rows(gate, hidden_states, top_k_index, token_mask, cos_quantile):
     (num_tokens, _), num_experts = hidden_states.shape, gate.num_experts
     if num_tokens == 0:
         return [torch.zeros(num_experts, device=hidden_states.device)] * 2
-    stride = -(-num_tokens // NUM_COSINE_SAMPLES)
+    stride = cosine_stride(num_tokens)
     first = top_k_index[::stride, :1]
     cosine = gate.cosines(hidden_states[::stride]).gather(-1, first).squeeze(-1)
     counts = torch.ones_like(cosine) if token_mask is None else token_mask[::stride].to(cosine.dtype)
@@ -255,4 +281,12 @@ def _cosine_rows(gate, hidden_states, top_k_index, token_mask, cos_quantile):
     return [cos_sum, (quantile * num_counted / num_experts).expand(num_experts)]
 
 
-__all__ = ["NUM_COSINE_SAMPLES", "Router", "RouterStat", "limit_groups", "router_statistics", "stable_top_k"]
+__all__ = [
+    "NUM_COSINE_SAMPLES",
+    "Router",
+    "RouterStat",
+    "cosine_stride",
+    "limit_groups",
+    "router_statistics",
+    "stable_top_k",
+]

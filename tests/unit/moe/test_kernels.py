@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
+from hf_locmoe.moe import gate as gate_module
 from hf_locmoe.moe import routing
 from hf_locmoe.moe.experts import _rows_by_capacity, _rows_by_expert
-from hf_locmoe.moe.gate import _cosine, block_sums
+from hf_locmoe.moe.gate import LocMoeGate, _cosine, block_sums
+from tests.tiny_models import tiny_config
 from tests.tolerances import assert_close
 
 
@@ -157,24 +159,106 @@ def test_top_k_breaks_ties_by_the_lower_index(num_tokens, num_experts, k):
     assert torch.equal(router_kernels.top_k_of_router(values, k), expected)
 
 
-@pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("num_tokens, num_experts, k", [(5, 3, 1), (700, 16, 2), (3, 64, 8), (4, 256, 3)])
-def test_route_sums(num_tokens, num_experts, k, masked, limited):
+def test_sums_and_counts(num_tokens, num_experts, k, masked):
     logits = torch.randn(num_tokens, num_experts, device=DEVICE)
     logits[:, 1:][torch.rand(num_tokens, num_experts - 1, device=DEVICE) > 0.8] = -float("inf")
     index = logits.topk(k).indices
     mask = torch.rand(num_tokens, device=DEVICE) > 0.4 if masked else None
-    dropped = torch.rand(num_tokens, k, device=DEVICE) > 0.5 if limited else None
-    rerouted = ~dropped & (torch.rand(num_tokens, k, device=DEVICE) > 0.5) if limited else None
     compare(
-        lambda x: router_kernels.route_sums(x, index, mask, dropped, rerouted)[0],
-        lambda x: routing._plain_sums(x, index, mask, dropped, rerouted)[0],
+        lambda x: router_kernels.route_sums(x, index, mask)[0],
+        lambda x: routing._plain_sums(x, index, mask)[0],
         [logits],
         torch.float32,
     )
-    expected = torch.stack(routing._plain_sums(logits, index, mask, dropped, rerouted))
-    assert_close(router_kernels.route_sums(logits, index, mask, dropped, rerouted), expected)
+    assert_close(router_kernels.route_sums(logits, index, mask), torch.stack(routing._plain_sums(logits, index, mask)))
+    dropped = torch.rand(num_tokens, k, device=DEVICE) > 0.5
+    rerouted = ~dropped & (torch.rand(num_tokens, k, device=DEVICE) > 0.5)
+    arguments = (index, mask, dropped, rerouted, num_experts)
+    assert_close(router_kernels.count_limited(*arguments), torch.stack(routing._plain_counts(*arguments)))
+
+
+# one tile and many, blocks of one size and of two, narrower than a load and starting inside one, more experts than fit
+ROUTES = [
+    (5, 24, 3, 1),
+    (37, 64, 16, 2),
+    (21, 48, 5, 2),
+    (9, 37, 5, 5),
+    (4, 30, 30, 3),
+    (6, 2000, 48, 1),
+    (3, 2560, 96, 4),
+    (35, 640, 24, 1),
+    (2, 3072, 256, 8),
+    (7, 16, 1, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["cosine", "mean", "papers", "scaled"])
+@pytest.mark.parametrize("num_tokens, hidden_size, num_experts, k", ROUTES)
+def test_gate_in_one_pass(num_tokens, hidden_size, num_experts, k, form, dtype, monkeypatch):
+    """Logits, choice, weights, statistics and the gradient of all three, with a bias, a mask and noise."""
+    monkeypatch.setattr(routing, "NUM_COSINE_SAMPLES", 8)
+    monkeypatch.setattr(gate_kernels, "_PROGRAMS", 4)
+    torch.manual_seed(0)
+    cosine, relu, noisy, scaled = form in ("cosine", "scaled"), form == "papers", form != "mean", form == "scaled"
+    settings = dict(num_experts=num_experts, num_experts_per_tok=k, gate_affinity="cosine" if cosine else "mean")
+    config = tiny_config(
+        hidden_size=hidden_size,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        gate_relu=relu,
+        norm_topk_prob=scaled,
+        **settings,
+    )
+    gate = LocMoeGate(config).to(DEVICE).eval()
+    gate.e_score_correction_bias.copy_(torch.randint(-1, 2, (num_experts,)) / 4)
+    # whole numbers, whose sums are exact in any order: ties are ties, and go to the lower expert
+    x = torch.randint(-3, 4, (num_tokens, hidden_size), device=DEVICE).to(dtype)
+    x[0] = 0
+    mask = torch.rand(num_tokens, device=DEVICE) > 0.3
+    noise = torch.randint(-2, 3, (num_tokens, num_experts), device=DEVICE) / 64 if noisy else None
+    stride = routing.cosine_stride(num_tokens)
+    directions = [torch.randn(num_tokens, num_experts, device=DEVICE), torch.randn(num_tokens, k, device=DEVICE)]
+    directions.append(torch.randn(len(routing.RouterStat), num_experts, device=DEVICE))
+
+    def fast(x):
+        return gate_kernels.route_pooled(
+            x, gate.e_score_correction_bias, noise, num_experts, k, cosine, relu, scaled, mask, stride
+        )
+
+    def plain(x):
+        monkeypatch.setattr(gate_module, "pool_affinity", None)
+        for name in ("route_sums", "top_k_of_router", "count_limited"):
+            monkeypatch.setattr(routing, name, None)
+        if noisy:
+            gate.train()
+            gate.noise_std = 1.0
+            monkeypatch.setattr(torch, "randn_like", lambda affinity: noise)
+        logits, weights, index = gate(x)
+        return logits, weights, index, routing.router_statistics(gate, x, logits, index, mask)
+
+    results = []
+    for route in (fast, plain):
+        leaf = x.detach().requires_grad_()
+        logits, weights, index, stats = route(leaf)
+        loss = [(y * direction).sum() for y, direction in zip((logits, weights, stats), directions)]
+        grads = [torch.autograd.grad(part, leaf, retain_graph=True)[0] for part in (*loss, sum(loss))]
+        results.append((logits.detach(), weights.detach(), index, stats.detach(), grads))
+    for actual, expected in zip(results[0][:4], results[1][:4]):
+        assert_close(actual, expected)
+    # one scale: the gradient of a lone weight scaled to one is 0, but for rounding
+    scale = max(grad.float().abs().max() for grad in results[1][4])
+    for actual, expected in zip(results[0][4], results[1][4]):
+        assert_close(actual.float() / scale, expected.float() / scale, dtype)
+
+
+def test_gate_statistics_are_the_same_bits_every_time():
+    x, bias = torch.randn(300, 48, device=DEVICE), torch.zeros(6, device=DEVICE)
+    first, second = (gate_kernels.route_pooled(x, bias, None, 6, 2, True, False, False, None, 1)[3] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_saved_tensors_are_unpacked_once():
@@ -185,9 +269,10 @@ def test_saved_tensors_are_unpacked_once():
     def run(x):
         rows = kernels.gather_rows(x, choice_of_row, row_of_choice)
         rows = kernels.weighted_activation(rows, weights, choice_of_row, "silu", False)
-        affinity = gate_kernels.pool_affinity(x, 4, True)
-        sums = router_kernels.route_sums(affinity, row_of_choice[:, :1] % 4)
-        return kernels.combine_rows(rows, row_of_choice, choice_of_row).sum() + sums[0].square().sum()
+        bias = torch.zeros(4, device=DEVICE)
+        logits, _, index, stats = gate_kernels.route_pooled(x, bias, None, 4, 1, True, False, False, None, 1)
+        losses = stats[0].square().sum() + router_kernels.route_sums(logits, index, None)[0].square().sum()
+        return kernels.combine_rows(rows, row_of_choice, choice_of_row).sum() + losses
 
     x = torch.randn(9, 8, device=DEVICE).requires_grad_()
     expected = torch.autograd.grad(run(x), [x, weights])
@@ -200,4 +285,6 @@ def test_no_tokens():
     assert kernels.gather_rows(none, no_choice.flatten(), no_choice).shape == (0, 8)
     assert kernels.combine_rows(none, no_choice, no_choice.flatten()).shape == (0, 8)
     assert gate_kernels.pool_affinity(none, 4, True).shape == (0, 4)
-    assert not router_kernels.route_sums(none, no_choice).any()
+    assert not gate_kernels.route_pooled(none, none[0:0], None, 4, 2, True, False, False, None, 1)[3].any()
+    assert not router_kernels.route_sums(none, no_choice, None).any()
+    assert not router_kernels.count_limited(no_choice, None, no_choice.bool(), no_choice.bool(), 8).any()
