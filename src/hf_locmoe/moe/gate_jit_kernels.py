@@ -2,9 +2,9 @@
 """
 Triton kernels of the LocMoE gate, from hidden states to experts, weights and router statistics.
 
-One pass over the hidden states sums their blocks and squares, one over the (T, n) sums does all the rest, and what it adds
-up for the statistics leaves each program as one partial sum: a third kernel adds those in a fixed order, without atomics,
-so that the bits are the same every time. The backward is one kernel, which reads the hidden states once.
+One pass over the hidden states sums their blocks and squares; from the (T, n) sums follows all the rest. Statistics are
+summed over tokens by programs of a few experts each, and their partial sums added in a fixed order, without atomics, so
+that the bits are the same every time. The backward is one kernel, which reads the hidden states once.
 
 `gate_kernels.py` calls them.
 
@@ -88,13 +88,13 @@ def route_kernel(
     squares,
     bias,
     noise,
-    counted,
     logits,
     weights,
     index,
     norm,
-    partials,
-    counts,
+    marked,
+    entropy,
+    cosine,
     T,
     n: tl.constexpr,
     D: tl.constexpr,
@@ -105,8 +105,6 @@ def route_kernel(
     NORMALIZE: tl.constexpr,
     NOISY: tl.constexpr,
     STATS: tl.constexpr,
-    MASKED: tl.constexpr,
-    STRIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     N_PAD: tl.constexpr,
     WINDOWS: tl.constexpr,
@@ -131,10 +129,10 @@ def route_kernel(
         length = tl.sqrt(tl.sum(square, axis=1))
         # a token of zeros has the cosines 0
         length = tl.where(length == 0, 1.0, length)
-        cosine = total * (1 / tl.sqrt(size.to(tl.float32)))[None, :] * (1 / length)[:, None]
+        cosines = total * (1 / tl.sqrt(size.to(tl.float32)))[None, :] * (1 / length)[:, None]
     if COSINE:
         tl.store(norm + token, length, mask=exists)
-        affinity = cosine * D**0.5
+        affinity = cosines * D**0.5
     else:
         affinity = total * (1 / size.to(tl.float32))[None, :]
     if NOISY:
@@ -157,7 +155,6 @@ def route_kernel(
                 first = best
             picked = tl.where((slots == slot)[None, :], best[:, None], picked)
             preference = tl.where(expert[None, :] == best[:, None], lowest, preference)
-        chosen = (preference == lowest) & is_expert
 
         value = tl.where(is_expert, value, float("-inf"))
         greatest = tl.max(value, axis=1)
@@ -178,20 +175,72 @@ def route_kernel(
         tl.store(weights + choice, weight, mask=has_choice)
 
         if STATS:
-            count = exists.to(tl.float32)
-            if MASKED:
-                count = tl.load(counted + token, mask=exists, other=0).to(tl.float32)
-            sampled = tl.where(token % STRIDE == 0, count, 0.0)
-            entropy = -tl.sum(tl.where(probability > 0, probability * (value - tl.log(denominator)[:, None]), 0.0), 1)
+            log_denominator = tl.log(denominator)
+            surprise = tl.where(probability > 0, probability * (log_denominator[:, None] - value), 0.0)
+            tl.store(entropy + token, tl.sum(surprise, axis=1), mask=exists)
             is_first = expert[None, :] == first[:, None]
-            out = partials + tl.program_id(0) * 4 * n + expert
-            mask = expert < n
-            tl.store(out, tl.sum(probability * count[:, None], axis=0), mask=mask)
-            tl.store(out + n, tl.sum(tl.where(chosen, count[:, None], 0.0), axis=0), mask=mask)
-            tl.store(out + 2 * n, tl.sum(tl.where(is_first, (entropy * count)[:, None], 0.0), axis=0), mask=mask)
-            tl.store(out + 3 * n, tl.sum(tl.where(is_first, cosine * sampled[:, None], 0.0), axis=0), mask=mask)
-            tl.store(counts + tl.program_id(0) * 2, tl.sum(count, axis=0))
-            tl.store(counts + tl.program_id(0) * 2 + 1, tl.sum(sampled, axis=0))
+            # a probability with the sign bit: its expert is chosen
+            tl.store(marked + place, tl.where(preference == lowest, -probability, probability), mask=inside)
+            tl.store(cosine + token, tl.sum(tl.where(is_first, cosines, 0.0), axis=1), mask=exists)
+
+
+@triton.jit(do_not_specialize=["T"])
+def sum_statistics_kernel(
+    marked,
+    index,
+    entropy,
+    cosine,
+    counted,
+    partials,
+    counts,
+    T,
+    n: tl.constexpr,
+    TOP_K: tl.constexpr,
+    MASKED: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SPAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """
+    Partial sums of SPAN tokens, for a few experts. Tokens stay apart until the end: a sum over tokens of a tile with all
+    experts goes through shared memory, and there all lanes meet in one bank.
+    """
+    part = tl.program_id(0)
+    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    is_expert = expert < n
+    probability = tl.zeros((TOKENS, EXPERTS), tl.float32)
+    tokens = tl.zeros((TOKENS, EXPERTS), tl.float32)
+    entropies = tl.zeros((TOKENS, EXPERTS), tl.float32)
+    cosines = tl.zeros((TOKENS, EXPERTS), tl.float32)
+    num_counted = tl.zeros((TOKENS,), tl.float32)
+    num_sampled = tl.zeros((TOKENS,), tl.float32)
+    for start in range(0, SPAN, TOKENS):
+        token = part.to(tl.int64) * SPAN + start + tl.arange(0, TOKENS)
+        exists = token < T
+        count = exists.to(tl.float32)
+        if MASKED:
+            count = tl.load(counted + token, mask=exists, other=0).to(tl.float32)
+        sampled = tl.where(token % STRIDE == 0, count, 0.0)
+        num_counted += count
+        num_sampled += sampled
+        inside = exists[:, None] & is_expert[None, :]
+        value = tl.load(marked + token[:, None] * n + expert[None, :], mask=inside, other=0.0)
+        probability += tl.abs(value) * count[:, None]
+        tokens += tl.where(value.to(tl.int32, bitcast=True) < 0, count[:, None], 0.0)
+        is_first = tl.load(index + token * TOP_K, mask=exists, other=-1).to(tl.int32)[:, None] == expert[None, :]
+        entropy_counted = tl.load(entropy + token, mask=exists, other=0.0) * count
+        entropies += tl.where(is_first, entropy_counted[:, None], 0.0)
+        cosine_sampled = tl.load(cosine + token, mask=exists, other=0.0) * sampled
+        cosines += tl.where(is_first, cosine_sampled[:, None], 0.0)
+    out = partials + part * 4 * n + expert
+    tl.store(out, tl.sum(probability, axis=0), mask=is_expert)
+    tl.store(out + n, tl.sum(tokens, axis=0), mask=is_expert)
+    tl.store(out + 2 * n, tl.sum(entropies, axis=0), mask=is_expert)
+    tl.store(out + 3 * n, tl.sum(cosines, axis=0), mask=is_expert)
+    if tl.program_id(1) == 0:
+        tl.store(counts + part * 2, tl.sum(num_counted, axis=0))
+        tl.store(counts + part * 2 + 1, tl.sum(num_sampled, axis=0))
 
 
 @triton.jit
@@ -353,4 +402,10 @@ def route_backward_kernel(
     _spread_slopes(slopes, radial, hidden, grad_hidden, T, first_token, n, D, COSINE, CHUNK, TOKENS, VECTORS, WIDTH)
 
 
-__all__ = ["add_partials_kernel", "route_backward_kernel", "route_kernel", "sum_blocks_kernel"]
+__all__ = [
+    "add_partials_kernel",
+    "route_backward_kernel",
+    "route_kernel",
+    "sum_blocks_kernel",
+    "sum_statistics_kernel",
+]

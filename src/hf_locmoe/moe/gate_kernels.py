@@ -15,7 +15,13 @@ import torch
 import triton
 from torch import Tensor
 
-from .gate_jit_kernels import add_partials_kernel, route_backward_kernel, route_kernel, sum_blocks_kernel
+from .gate_jit_kernels import (
+    add_partials_kernel,
+    route_backward_kernel,
+    route_kernel,
+    sum_blocks_kernel,
+    sum_statistics_kernel,
+)
 
 
 _TILE = 4096  # elements of the hidden states that a program holds
@@ -24,6 +30,7 @@ _ROUTED = 2048  # affinities that a program routes, and the most tokens they may
 _CHUNK = 32
 _BACKWARD_CHUNK = 8  # tokens of a program of the backward
 _MAX_EXPERTS = 8192  # affinities of one token, all in registers
+_STAT_TOKENS = 64  # tokens of a tile that sums statistics
 _PROGRAMS = 512  # that many keep an H100 busy
 _NUM_STATS, _NUM_SUMMED = 7, 4  # rows of `RouterStat`, and of those the ones that a gate sums itself
 
@@ -100,19 +107,18 @@ def _route(
     padded = triton.next_power_of_2(num_experts)
     chunk = _chunk(num_tokens, max(1, min(_CHUNK, _ROUTED // padded)))
     programs = triton.cdiv(num_tokens, chunk)
-    partials = logits.new_empty((programs if sample_stride else 0, _NUM_SUMMED, num_experts))
-    counts = logits.new_empty((programs if sample_stride else 0, 2))
+    marked = logits.new_empty((num_tokens if sample_stride else 0, num_experts))
+    token_stats = logits.new_empty((2, num_tokens if sample_stride else 0))
     route_kernel[(programs,)](
         squares,
         _or_any(bias, logits),
         _or_any(noise, logits),
-        _or_any(token_mask, index),
         logits,
         weights,
         index,
         norm,
-        partials,
-        counts,
+        marked,
+        *token_stats,
         num_tokens,
         n=num_experts,
         D=hidden_size,
@@ -123,8 +129,6 @@ def _route(
         NORMALIZE=norm_topk_prob,
         NOISY=noise is not None,
         STATS=sample_stride > 0,
-        MASKED=token_mask is not None,
-        STRIDE=sample_stride,
         CHUNK=chunk,
         N_PAD=padded,
         WINDOWS=windows,
@@ -132,11 +136,37 @@ def _route(
         num_warps=max(1, min(8, chunk * padded // 256)),
     )
     if sample_stride:
-        experts = min(16, padded)
-        add_partials_kernel[(_NUM_STATS, triton.cdiv(num_experts, experts))](
-            partials, counts, stats, programs, n=num_experts, PARTS=256, EXPERTS=experts, num_warps=8
-        )
+        _sum_statistics(marked, index, token_stats, token_mask, sample_stride, stats)
     return outputs
+
+
+def _sum_statistics(marked, index, token_stats, token_mask, sample_stride, stats):
+    num_tokens, num_experts = marked.shape
+    experts = min(16, triton.next_power_of_2(num_experts))
+    blocks = triton.cdiv(num_experts, experts)
+    # tokens of a program: as many programs as keep the device busy, and few partial sums
+    span = max(_STAT_TOKENS, triton.next_power_of_2(triton.cdiv(num_tokens * blocks, 2 * _PROGRAMS)))
+    parts = triton.cdiv(num_tokens, span)
+    partials, counts = marked.new_empty((parts, _NUM_SUMMED, num_experts)), marked.new_empty((parts, 2))
+    sum_statistics_kernel[(parts, blocks)](
+        marked,
+        index,
+        *token_stats,
+        _or_any(token_mask, index),
+        partials,
+        counts,
+        num_tokens,
+        n=num_experts,
+        TOP_K=index.shape[1],
+        MASKED=token_mask is not None,
+        STRIDE=sample_stride,
+        SPAN=span,
+        TOKENS=_STAT_TOKENS,
+        EXPERTS=experts,
+    )
+    add_partials_kernel[(_NUM_STATS, blocks)](
+        partials, counts, stats, parts, n=num_experts, PARTS=128, EXPERTS=experts
+    )
 
 
 def _or_any(tensor: Tensor | None, other: Tensor) -> Tensor:

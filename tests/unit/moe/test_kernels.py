@@ -201,6 +201,7 @@ def test_gate_in_one_pass(num_tokens, hidden_size, num_experts, k, form, dtype, 
     """Logits, choice, weights, statistics and the gradient of all three, with a bias, a mask and noise."""
     monkeypatch.setattr(routing, "NUM_COSINE_SAMPLES", 8)
     monkeypatch.setattr(gate_kernels, "_PROGRAMS", 4)
+    monkeypatch.setattr(gate_kernels, "_STAT_TOKENS", 8)
     torch.manual_seed(0)
     cosine, relu, noisy, scaled = form in ("cosine", "scaled"), form == "papers", form != "mean", form == "scaled"
     settings = dict(num_experts=num_experts, num_experts_per_tok=k, gate_affinity="cosine" if cosine else "mean")
@@ -255,10 +256,15 @@ def test_gate_in_one_pass(num_tokens, hidden_size, num_experts, k, form, dtype, 
         assert_close(actual.float() / scale, expected.float() / scale, dtype)
 
 
-def test_gate_statistics_are_the_same_bits_every_time():
+def test_many_partial_sums_and_the_same_bits_every_time(monkeypatch):
+    monkeypatch.setattr(gate_kernels, "_STAT_TOKENS", 2)
     x, bias = torch.randn(300, 48, device=DEVICE), torch.zeros(6, device=DEVICE)
-    first, second = (gate_kernels.route_pooled(x, bias, None, 6, 2, True, False, False, None, 1)[3] for _ in range(2))
-    assert torch.equal(first, second)
+    runs = [gate_kernels.route_pooled(x, bias, None, 6, 2, True, False, False, None, 1) for _ in range(2)]
+    assert torch.equal(runs[0][3], runs[1][3])
+    logits, _, index, stats = runs[0]
+    expected = torch.stack(routing._plain_sums(logits, index, None))
+    rows = [routing.RouterStat.PROB_SUM, routing.RouterStat.TOKENS, routing.RouterStat.ENTROPY_SUM]
+    assert_close(stats[rows], expected)
 
 
 def test_saved_tensors_are_unpacked_once():
