@@ -113,8 +113,8 @@ def test_domains_reach_their_groups(pretrain_options, tmp_path, monkeypatch):
     seen = []
     forward = HashGate.forward
 
-    def recorded(self, hidden_states, input_ids=None, domain_ids=None):
-        outputs = forward(self, hidden_states, input_ids, domain_ids)
+    def recorded(self, hidden_states, input_ids=None, domain_ids=None, *args):
+        outputs = forward(self, hidden_states, input_ids, domain_ids, *args)
         seen.append((domain_ids, outputs[2]))
         return outputs
 
