@@ -13,8 +13,8 @@ def add_report(subcommands) -> None:
     parser = subcommands.add_parser(
         "report",
         help="draw the routing of a training run",
-        description="Draws the paper's figures 6, 8, 9, 12 and 13 from a run of transformers' Trainer: PNG files and one"
-        " page, routing.html, that opens offline.",
+        description="Draws the paper's figures 6, 8, 9, 12 and 13, of a run on several ranks 10 and 11 too, from a run of"
+        " transformers' Trainer: PNG files and one page, routing.html, that opens offline.",
     )
     parser.add_argument(
         "run_dir", nargs="+", metavar="RUN_DIR", help="output_dir of a run; others are compared with the first"

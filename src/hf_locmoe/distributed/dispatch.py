@@ -22,6 +22,7 @@ Every hop is a linear exchange (`exchange.py`); dispatch is their product D, com
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -31,6 +32,7 @@ import torch.distributed as dist
 
 from .backend import label_calls
 from .exchange import Exchange, Route, count, finish, make_route, start
+from .exchange_clock import ExchangeClock
 from .topology import NodeTopology
 
 
@@ -49,6 +51,7 @@ class Peers:
             the members of `group` on this rank's node. Needed by fan-out "node" where the node has several.
         device (`torch.device`): where the tables live.
         label (`str`, *optional*): the layer, for the backend's errors.
+        clock ([`ExchangeClock`], *optional*): times the exchanges.
     """
 
     def __init__(
@@ -59,9 +62,10 @@ class Peers:
         node_group: Any = None,
         device: Any = "cpu",
         label: str | None = None,
+        clock: ExchangeClock | None = None,
     ) -> None:
         self.topology, self.rank, self.group, self.node_group = topology, rank, group, node_group
-        self.label = label
+        self.label, self.clock = label, clock
         self.num_ranks = topology.num_ranks
         self.num_experts = topology.num_experts
         self.num_local_experts = len(topology.experts_of_rank(rank))
@@ -196,7 +200,9 @@ def plan_dispatch(
     sent = torch.cat(numbers, dim=2).contiguous()
     received = torch.empty_like(sent)
     label_calls(peers.group, peers.label)
-    dist.all_to_all_single(received, sent, group=peers.group)
+    mark = None if peers.clock is None else peers.clock.start(peers.group)
+    with nullcontext() if mark is None else mark.waits():
+        dist.all_to_all_single(received, sent, group=peers.group)
     summed = received[:, :, 1:].sum(0)
     # The one host sync of the layer.
     on_host = torch.cat([sent[:, :, 0].reshape(-1), received[:, :, 0].reshape(-1), summed.reshape(-1)]).tolist()
@@ -265,7 +271,9 @@ def start_dispatch(
     route = make_route(part.destination, part.send_sizes, part.recv_sizes, peers.group, part.room)
     metadata.hops.append(route)
     withdraw = recomputation.withdraw if recomputation is not None else None
-    metadata.exchange = Exchange(route, wire_dtype=wire_dtype, on_backward=withdraw, label=peers.label)
+    metadata.exchange = Exchange(
+        route, wire_dtype=wire_dtype, on_backward=withdraw, label=peers.label, clock=peers.clock
+    )
     # Ids travel less `num_experts`, so that a padding row, all zeros, names no expert.
     ids = (plan.top_k_index[part.tokens] - peers.num_experts).to(torch.int32)
     metadata.ticket = start(metadata.exchange, hidden_states, top_k_weights, ids)
@@ -296,7 +304,7 @@ def finish_dispatch(metadata: DispatchMetadata) -> tuple[torch.Tensor, torch.Ten
         targets = targets.masked_fill(~is_first, none)
         route = make_route(targets, part.hand_on_sizes, part.handed_sizes, peers.node_group)
         metadata.hops.append(route)
-        exchange = Exchange(route, wire_dtype=metadata.wire_dtype, label=peers.label)
+        exchange = Exchange(route, wire_dtype=metadata.wire_dtype, label=peers.label, clock=peers.clock)
         ticket = start(exchange, tokens, weights, ids.to(torch.int32), after=link)
         tokens, weights, ids, link = finish(exchange, ticket)
         ids = ids.long()
@@ -332,13 +340,18 @@ def start_combine(expert_output: torch.Tensor, metadata: DispatchMetadata) -> Di
     Args:
         expert_output (`torch.Tensor` of shape `(R, d)`): the weighted output of each row of [`finish_dispatch`].
     """
-    link = metadata.link
+    link, peers = metadata.link, metadata.peers
     for hop in reversed(metadata.hops[1:]):
-        exchange = Exchange(hop, back=True, wire_dtype=metadata.wire_dtype, label=metadata.peers.label)
+        exchange = Exchange(hop, back=True, wire_dtype=metadata.wire_dtype, label=peers.label, clock=peers.clock)
         expert_output, link = finish(exchange, start(exchange, expert_output, after=link))
     offer = partial(metadata.recomputation.offer, metadata.plan) if metadata.recomputation is not None else None
     metadata.exchange = Exchange(
-        metadata.hops[0], back=True, wire_dtype=metadata.wire_dtype, on_backward=offer, label=metadata.peers.label
+        metadata.hops[0],
+        back=True,
+        wire_dtype=metadata.wire_dtype,
+        on_backward=offer,
+        label=peers.label,
+        clock=peers.clock,
     )
     metadata.ticket = start(metadata.exchange, expert_output, after=link)
     return metadata

@@ -17,6 +17,7 @@ by autograd), only a scalar ticket does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 
 from .backend import label_calls
+from .exchange_clock import ExchangeClock, Mark
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,12 @@ class _Flight:
     work: Any
     sent: torch.Tensor
     received: torch.Tensor
+    mark: Mark | None = None
 
     def wait(self) -> torch.Tensor:
         if self.work is not None:
-            self.work.wait()
+            with nullcontext() if self.mark is None else self.mark.waits():
+                self.work.wait()
         return self.received
 
 
@@ -119,6 +123,7 @@ class Exchange:
         wire_dtype (`torch.dtype`, *optional*): dtype of the first column under way; its own when left out.
         on_backward (callable, *optional*): called when the backward of this exchange begins.
         label (`str`, *optional*): where in the model this is, for the backend's errors.
+        clock ([`ExchangeClock`], *optional*): times it.
     """
 
     route: Route
@@ -126,6 +131,7 @@ class Exchange:
     wire_dtype: torch.dtype | None = None
     on_backward: Any = None
     label: str | None = None
+    clock: ExchangeClock | None = None
     _columns: tuple[tuple[int, torch.dtype], ...] = ()
     _flight: _Flight | None = None
     _traced: tuple[torch.Tensor, ...] = ()
@@ -149,10 +155,11 @@ class Exchange:
         received = rows.new_empty(num_received + back, rows.size(1))
         received[num_received:] = 0
         label_calls(route.group, self.label)
+        mark = None if self.clock is None else self.clock.start(route.group)
         work = dist.all_to_all_single(
             received[:num_received], rows, recv_sizes, send_sizes, group=route.group, async_op=True
         )
-        self._flight = _Flight(work, rows, received)
+        self._flight = _Flight(work, rows, received, mark)
 
     def end(self, back: bool) -> list[torch.Tensor]:
         assert self._flight is not None

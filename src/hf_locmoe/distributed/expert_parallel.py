@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
 from .dispatch import Capacity, FanOut, Peers, plan_dispatch
+from .exchange_clock import ExchangeClock
 from .launch_environment import RANKS_PER_NODE_VARIABLE
 from .overlap import CostModel, run_sliced
 from .recomputation import Recomputation
@@ -165,6 +166,7 @@ class _GroupResources:
     job_node_of_rank: tuple[int, ...]  # of every rank of the group
     num_layers: int = 0
     cost: CostModel | None = None
+    clock: ExchangeClock | None = None
 
 
 # Keyed by the mesh's group, so that the groups made for it live exactly as long.
@@ -237,7 +239,11 @@ class LocMoeEP(EPImplementation):
         topology = resources.topology.with_experts(self.num_experts)
         label = f"MoE layer {resources.num_layers}"
         resources.num_layers += 1
-        self.peers = Peers(topology, resources.rank, resources.group, resources.node_group, device, label)
+        if resources.clock is None:
+            resources.clock = ExchangeClock(resources.group, device)
+        self.peers = Peers(
+            topology, resources.rank, resources.group, resources.node_group, device, label, resources.clock
+        )
         experts.locmoe_expert_parallel = self
         self.newest_routes: torch.Tensor | None = None  # (T, k) experts of the newest training forward
         self._slices: int | None = None  # what "auto" came to

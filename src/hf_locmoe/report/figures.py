@@ -24,6 +24,7 @@ BLUE, ORANGE, GREEN, RED = "#2f6db5", "#d9792b", "#3f8f5f", "#b5433c"
 LINES = (BLUE, ORANGE, GREEN, RED, "#7a5aa6", "#8a6d4f", "#4d9db4", "#c2629b")
 
 
+PARTS_OF_A_STEP = {"computation": BLUE, "overlap": GREEN, "communication": ORANGE, "idle": MUTED}
 LARGEST_CAPACITY = 1e9  # tokens; the bound grows explosively, and no batch is larger
 STYLE = {
     "font.size": 9,
@@ -249,6 +250,36 @@ def local_share(runs: list[Run]) -> Figure:
     return figure
 
 
+@_drawn
+def step_composition(runs: list[Run], as_shares: bool) -> Figure:
+    """
+    Figures 10 and 11: what the time of a step is made of.
+
+    Args:
+        runs (`list[Run]`): Those whose log has it.
+        as_shares (`bool`): Shares of the step (figure 11) or seconds (figure 10).
+    """
+    figure, (axes,) = _figure(height=1.3 + 0.42 * len(runs))
+    names = [run.name for run in runs]
+    totals = [sum(run.step_parts.values()) if as_shares else 1.0 for run in runs]
+    left = [0.0] * len(runs)
+    for part, color in PARTS_OF_A_STEP.items():
+        widths = [run.step_parts[part] / total for run, total in zip(runs, totals, strict=True)]
+        axes.barh(names, widths, left=left, height=0.62, color=color, label=part)
+        if as_shares:
+            for place, (start, width) in enumerate(zip(left, widths, strict=True)):
+                if width >= 0.06:
+                    axes.text(start + width / 2, place, f"{width:.0%}", ha="center", va="center", color="white")
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("share of an optimizer step" if as_shares else "seconds of an optimizer step")
+    if as_shares:
+        axes.set_xlim(0, 1)
+    axes.legend(ncols=len(PARTS_OF_A_STEP), loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
 def _degrees(cosine: torch.Tensor) -> torch.Tensor:
     return torch.rad2deg(torch.acos(cosine))
 
@@ -265,6 +296,7 @@ __all__ = [
     "capacity_against_angle",
     "gate_similarity",
     "local_share",
+    "step_composition",
     "token_similarity",
     "tokens_per_expert",
     "validation_perplexity",

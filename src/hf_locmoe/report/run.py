@@ -67,6 +67,28 @@ class Run:
         return sorted(shares.items())
 
     @property
+    def step_parts(self) -> dict[str, float]:
+        """
+        Seconds of an optimizer step by what a rank did, the mean over ranks and over the log without its first event, which
+        has the measurement of the links in it; empty on one process. They add up to the step.
+        """
+        entries = [entry for entry in self.log if "time/step_s" in entry]
+        if not entries:
+            return {}
+        entries = entries[1:] or entries
+
+        def mean(name: str) -> float:
+            return sum(entry[f"time/{name}"] for entry in entries) / len(entries)
+
+        overlap, idle = mean("overlap_s"), mean("idle_s")
+        return {
+            "computation": mean("computation_s") - overlap,
+            "overlap": overlap,
+            "communication": mean("exchange_s") - overlap - idle,
+            "idle": idle,
+        }
+
+    @property
     def perplexities(self) -> list[tuple[int, float]]:
         """(step, exp(validation loss)), from the evaluation named `eval` or, with several data sets, each step's mean loss."""
         curve = {}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a training step moves between ranks: the share of the tokens that stay on their node, and the bytes that travel.
+What a training step moves between ranks: the share of the tokens that stay on their node, the bytes that travel, and the
+time that it takes.
 
 Shapes: L = MoE layers, S = len(RouterStat), n = num_experts, k = num_experts_per_tok, T = tokens.
 """
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..distributed.backend import LocMoeProcessGroup, group_counters
 from ..distributed.counters import Traffic
+from ..distributed.exchange_clock import ExchangeClock, ExchangeTimes
 from ..moe.routing import RouterStat
 
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 
 TRAFFIC_NAMES = ("bytes_inter_node", "bytes_intra_node", "messages_inter_node", "messages_intra_node")
+TIME_NAMES = ("step_s", "computation_s", "exchange_s", "overlap_s", "idle_s")
+_ALIGN_AFTER_S = 300.0  # clocks that differ by ten millionths are then 3 ms apart
 
 
 class TrafficStats:
@@ -30,14 +34,15 @@ class TrafficStats:
     Sums over the optimizer steps since the last reading; nothing on one process.
 
     Bytes and messages are the counters of the "locmoe" groups that a rank uses: those of the expert exchange, and the
-    default group if it is one. Collectives of groups of another backend are not in them. What happens between steps, such
-    as an evaluation, is not either.
+    default group if it is one. Collectives of groups of another backend are not in them. Times are those of the expert
+    exchange on any backend, see [`ExchangeClock`]. What happens between steps, such as an evaluation, is in neither.
     """
 
     def __init__(self):
         self._layers: list[LocMoeEP] = []
         self._base_model: nn.Module | None = None
         self._groups: list[LocMoeProcessGroup] = []
+        self._clock: ExchangeClock | None = None
         self._node = 0
         self._assignments: torch.Tensor | None = None  # (2, L): those for an expert of the token's node, and all
         self._traffic = Traffic()
@@ -46,12 +51,14 @@ class TrafficStats:
 
     def watch(self, model: nn.Module | None, router_model: nn.Module | None) -> None:
         """
+        All ranks call it.
+
         Args:
             model (`nn.Module`, *optional*): What is trained.
             router_model (`nn.Module`, *optional*): The module in it that returns `router_stats`, where there is one.
         """
         self.reset()
-        self._layers, self._groups, self._base_model = [], [], None
+        self._layers, self._groups, self._base_model, self._clock = [], [], None, None
         if model is None or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         self._base_model = None if router_model is None else router_model.base_model
@@ -65,10 +72,17 @@ class TrafficStats:
         for layer in self._layers:
             groups += [layer.resources.group, layer.resources.node_group]
         self._groups = [group for group in dict.fromkeys(groups) if isinstance(group, LocMoeProcessGroup)]
+        clocks = dict.fromkeys(layer.resources.clock for layer in self._layers)
+        if len(clocks) == 1:
+            (self._clock,) = clocks
+            self._clock.reset()
+            self._clock.align()
 
     def reset(self) -> None:
         """Back to zero."""
         self._assignments, self._traffic, self._at_begin, self._num_steps = None, Traffic(), None, 0
+        if self._clock is not None:
+            self._clock.reset()
 
     def collect(self, router_stats: torch.Tensor | None) -> None:
         """
@@ -104,9 +118,13 @@ class TrafficStats:
         """Where an optimizer step begins."""
         if self._groups:
             self._at_begin = self._read()
+        if self._clock is not None:
+            self._clock.begin_step()
 
     def end_step(self) -> None:
         """Where it ends; what lies between two steps is not counted."""
+        if self._clock is not None:
+            self._clock.end_step()
         if self._groups and self._at_begin is not None:
             self._traffic += self._read() - self._at_begin
             self._at_begin = None
@@ -123,34 +141,57 @@ class TrafficStats:
             device (`torch.device`): One that the default group reduces on.
 
         Returns:
-            The metrics by the names of the Trainer's log, `comm/*` per optimizer step and summed over ranks, and the
-            node-local share of each layer's assignments. Empty where nothing was measured.
+            The metrics by the names of the Trainer's log, `comm/*` per optimizer step and summed over ranks, `time/*` per
+            optimizer step and the mean over ranks, and the node-local share of each layer's assignments. Empty where
+            nothing was measured.
         """
-        parts = []
+        times = ExchangeTimes() if self._clock is None else self._clock.read()
+        sums: dict[str, torch.Tensor] = {}
         if self._assignments is not None:
-            parts.append(self._assignments.flatten().to(device))
+            sums["assignments"] = self._assignments.to(device)
         if self._num_steps:
             values = [getattr(self._traffic, name) for name in TRAFFIC_NAMES]
-            parts.append(torch.tensor(values, dtype=_sum_dtype(device), device=device))
-        num_steps, has_shares = self._num_steps, self._assignments is not None
+            sums["traffic"] = torch.tensor(values, dtype=_sum_dtype(device), device=device)
+        if times.num_steps:
+            assert self._clock is not None
+            values = [*_seconds(times), self._clock.seconds_since_alignment]
+            sums["times"] = torch.tensor(values, dtype=_sum_dtype(device), device=device)
+        num_steps = self._num_steps
         self.reset()
-        if not parts:
+        if not sums:
             return {}, []
-        sums = torch.cat(parts)
-        dist.all_reduce(sums)
-        totals = sums.tolist()
+        flat = torch.cat([tensor.flatten() for tensor in sums.values()])
+        dist.all_reduce(flat)
+        sizes = [tensor.numel() for tensor in sums.values()]
+        totals = dict(zip(sums, (part.tolist() for part in flat.split(sizes)), strict=True))
         metrics: dict[str, Any] = {}
         shares: list[float] = []
-        if num_steps:
-            values, totals = totals[-len(TRAFFIC_NAMES) :], totals[: -len(TRAFFIC_NAMES)]
-            metrics |= {f"comm/{name}": value / num_steps for name, value in zip(TRAFFIC_NAMES, values, strict=True)}
-        if has_shares:
-            num_layers = len(totals) // 2
+        if "traffic" in totals:
+            metrics |= {
+                f"comm/{name}": value / num_steps for name, value in zip(TRAFFIC_NAMES, totals["traffic"], strict=True)
+            }
+        if "times" in totals:
+            *seconds, age = (value / dist.get_world_size() for value in totals["times"])
+            metrics |= {
+                f"time/{name}": value / times.num_steps for name, value in zip(TIME_NAMES, seconds, strict=True)
+            }
+            if age > _ALIGN_AFTER_S:  # the mean of all ranks, so that all agree
+                assert self._clock is not None
+                self._clock.align()
+        if "assignments" in totals:
+            counts = totals["assignments"]
+            num_layers = len(counts) // 2
             shares = [
-                near / max(total, 1) for near, total in zip(totals[:num_layers], totals[num_layers:], strict=True)
+                near / max(total, 1) for near, total in zip(counts[:num_layers], counts[num_layers:], strict=True)
             ]
             metrics["routing/local_share"] = sum(shares) / len(shares)
         return metrics, shares
+
+
+def _seconds(times: ExchangeTimes) -> list[float]:
+    """By [`TIME_NAMES`]."""
+    computation_s, overlap_s = times.step_s - times.wait_s, times.exchange_s - times.wait_s
+    return [times.step_s, computation_s, times.exchange_s, overlap_s, times.idle_s]
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
@@ -158,4 +199,4 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
-__all__ = ["TRAFFIC_NAMES", "TrafficStats"]
+__all__ = ["TIME_NAMES", "TRAFFIC_NAMES", "TrafficStats"]

@@ -68,6 +68,7 @@ def _training_facts(args, state) -> dict[str, Any]:
     losses = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
     shares = [entry["routing/local_share"] for entry in state.log_history if "routing/local_share" in entry]
     sent = [entry["comm/bytes_inter_node"] for entry in state.log_history if "comm/bytes_inter_node" in entry]
+    timed = [entry for entry in state.log_history if "time/step_s" in entry]
     batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     return {
         "optimizer steps": f"{state.global_step:,}",
@@ -78,6 +79,7 @@ def _training_facts(args, state) -> dict[str, Any]:
         "mean training loss": losses[-1] if losses else None,
         "node-local share of the assignments, last logged": f"{shares[-1]:.1%}" if shares else None,
         "counted traffic between nodes, last logged": f"{sent[-1]:,.0f} bytes a step" if sent else None,
+        "time of a step, last logged": _time_of_step(timed[-1]) if timed else None,
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "warm-up": (f"{warmup:g} of the steps" if warmup < 1 else f"{warmup:g} steps") if warmup else None,
@@ -86,6 +88,12 @@ def _training_facts(args, state) -> dict[str, Any]:
         "seed": args.seed,
         "software": f"transformers {transformers.__version__}, torch {torch.__version__}",
     }
+
+
+def _time_of_step(entry: dict[str, float]) -> str:
+    step_s = entry["time/step_s"]
+    waiting = (entry["time/exchange_s"] - entry["time/overlap_s"]) / step_s
+    return f"{step_s:.3g} s, {waiting:.1%} of it waiting for the exchange of tokens"
 
 
 def _hardware(args) -> str:

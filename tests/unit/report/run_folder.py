@@ -16,6 +16,12 @@ from hf_locmoe.training.telemetry import RoutingStats
 
 
 NUM_EXPERTS, LAYERS = 4, (1, 3)
+# Of three log events: a slow one, then 6 and 10 seconds a step.
+TIMES = [
+    {"step_s": 100.0, "computation_s": 90.0, "exchange_s": 20.0, "overlap_s": 10.0, "idle_s": 1.0},
+    {"step_s": 6.0, "computation_s": 4.0, "exchange_s": 3.0, "overlap_s": 1.0, "idle_s": 0.0},
+    {"step_s": 10.0, "computation_s": 6.0, "exchange_s": 5.0, "overlap_s": 1.0, "idle_s": 1.0},
+]
 
 
 def tiny_model(**overrides) -> LocMoeForCausalLM:
@@ -42,14 +48,15 @@ def record(kind: str, step: int, loads: list[float], gate_type: str = "locmoe", 
 
 
 def make_run(
-    path: Path, eval_losses: list[float] = (3.0, 2.5, 2.0), gate_type: str = "locmoe", state: bool = True
+    path: Path, eval_losses: list[float] = (3.0, 2.5, 2.0), gate_type: str = "locmoe", state: bool = True, times=()
 ) -> Path:
-    """Three log events and three evaluations; no checkpoint."""
+    """Three log events and three evaluations; no checkpoint. `times` as of a run on several ranks."""
     path.mkdir(parents=True)
     log = []
     for index, loss in enumerate(eval_losses):
         step = 10 * (index + 1)
-        log.append({"loss": loss + 0.1, "step": step})
+        timed = {f"time/{name}": value for name, value in times[index].items()} if times else {}
+        log.append({"loss": loss + 0.1, "step": step, **timed})
         log.append({"eval_loss": loss, "eval_runtime": 1.0, "step": step})
         append_record(path, record("train", step, [4, 2, 1, index], gate_type))
         append_record(path, record("eval", step, [1, 1, 1, 1], gate_type))

@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import pytest
 
-from hf_locmoe.report.figures import capacity_against_angle, tokens_per_expert, validation_perplexity
+from hf_locmoe.report.figures import (
+    capacity_against_angle,
+    step_composition,
+    tokens_per_expert,
+    validation_perplexity,
+)
 from hf_locmoe.report.run import read_run
-from tests.unit.report.run_folder import LAYERS, NUM_EXPERTS, make_run
+from tests.unit.report.run_folder import LAYERS, NUM_EXPERTS, TIMES, make_run
 
 
 def test_figure_12_has_a_line_for_each_expert_of_each_layer(tmp_path):
@@ -39,3 +44,18 @@ def test_figure_6_marks_the_measured_cosines_on_the_exact_curve(cosines):
         angle, bound = (values[0] for values in curves["measured, one point a layer"].get_data())
         assert angle == pytest.approx(88.2808, rel=1e-5)
         assert bound == pytest.approx(0.1854, rel=1e-2)  # 1 / (16 p), p = 0.3371 for a normal variable beyond 0.96
+
+
+def test_figures_10_and_11_stack_up_to_the_step_without_the_first_event(tmp_path):
+    run = read_run(make_run(tmp_path / "run", times=TIMES))
+    assert run.step_parts == pytest.approx({"computation": 4.0, "overlap": 1.0, "communication": 2.5, "idle": 0.5})
+    for as_shares, total in ((False, 8.0), (True, 1.0)):
+        (axes,) = step_composition([run], as_shares).axes
+        bars = axes.patches
+        assert [bar.get_width() for bar in bars] == pytest.approx([total * part / 8 for part in (4.0, 1.0, 2.5, 0.5)])
+        assert bars[-1].get_x() + bars[-1].get_width() == pytest.approx(total)
+
+
+def test_of_a_single_event_the_first_is_taken(tmp_path):
+    run = read_run(make_run(tmp_path / "run", eval_losses=[3.0], times=TIMES))
+    assert sum(run.step_parts.values()) == pytest.approx(100.0)

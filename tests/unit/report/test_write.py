@@ -12,7 +12,7 @@ import pytest
 
 from hf_locmoe.report import ReportError, write_report
 from hf_locmoe.report import probe as probe_module
-from tests.unit.report.run_folder import make_run, tiny_model
+from tests.unit.report.run_folder import TIMES, make_run, tiny_model
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -162,3 +162,13 @@ def test_local_share_is_drawn_where_the_log_has_it(tmp_path):
     assert (run / "local_share.png") in files
     text = _page(run).text
     assert "stay on their node" in text and "75 %" in text and "12,345" in text
+
+
+def test_what_a_step_is_made_of_is_drawn_where_the_log_has_it(tmp_path):
+    runs = [make_run(tmp_path / "spread", times=TIMES), make_run(tmp_path / "alone")]
+    files = write_report(runs, tmp_path / "report", use_model=False)
+    assert {"fig10_step_time.png", "fig11_step_time_shares.png"} <= {path.name for path in files}
+    text = _page(tmp_path / "report").text
+    assert "figures 10 and 11" in text and "38 %" in text  # 3 of 8 seconds
+    write_report(runs[1:], tmp_path / "other", use_model=False)
+    assert "figures 10 and 11" not in _page(tmp_path / "other").text

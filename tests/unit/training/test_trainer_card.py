@@ -161,6 +161,9 @@ def test_what_was_counted_between_nodes_is_on_the_card(tmp_path):
     trainer = _trainer(_model(), tmp_path)
     trainer.state.global_step = 1
     trainer.state.log_history.append({"step": 1, "routing/local_share": 0.75, "comm/bytes_inter_node": 12345.0})
+    times = {"time/step_s": 2.0, "time/exchange_s": 0.7, "time/overlap_s": 0.2}
+    trainer.state.log_history[-1] |= times
     training = facts_of_run(trainer.args, trainer.state, trainer.model)["training"]
     assert training["node-local share of the assignments, last logged"] == "75.0%"
     assert training["counted traffic between nodes, last logged"] == "12,345 bytes a step"
+    assert training["time of a step, last logged"] == "2 s, 25.0% of it waiting for the exchange of tokens"
