@@ -35,6 +35,8 @@ MEASURED = (
     "loss + batches",
     "loss + batches + experts",
     "loss + batches + experts + tiers",
+    "loss 0.1 + batches",
+    "loss 0.1 to the aim + batches",
     "all local",
 )
 TRAINED = "locality_trained.json"
