@@ -49,8 +49,8 @@ test-multiprocess: $(ENV) ## all tests that start several processes, eight and m
 	$(PYTEST) -m "(multiprocess or many_ranks) and not gpu and not cluster" $(ARGS)
 
 # Their files alone are collected: others import what a GPU machine may lack. Compiling kernels is what takes the time.
-test-gpu: $(ENV) ## the tests that need a CUDA device, under two minutes on eight cores
-	$(PYTEST) -n 8 --dist=worksteal -m gpu $$(grep -rlE "mark\.gpu" --include="test_*.py" tests) $(ARGS)
+test-gpu: $(ENV) ## the tests that need a CUDA device, compiling kernels on up to 16 cores
+	$(PYTEST) -n logical --maxprocesses=16 --dist=worksteal -m gpu $$(grep -rlE "mark\.gpu" --include="test_*.py" tests) $(ARGS)
 
 test-cluster: $(ENV) ## the tests on an emulated cluster (root and iproute2)
 	$(PYTEST) -m cluster $(ARGS)

@@ -132,10 +132,10 @@ def _with_liger(steps: _Steps, model, optimizer) -> None:
     """The other model with Liger's norm, rotary positions and loss, where that package is installed."""
     if importlib.util.find_spec("liger_kernel") is None:
         return
-    from liger_kernel.transformers import apply_liger_kernel_to_mixtral
-
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
+        from liger_kernel.transformers import apply_liger_kernel_to_mixtral
+
         apply_liger_kernel_to_mixtral(swiglu=False, model=model)
         steps.row("transformers' Mixtral, grouped_mm, Liger's norm, rotary positions and loss", model, optimizer, 4)
     except Exception:  # another package's; the rows that count are there
