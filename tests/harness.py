@@ -76,7 +76,8 @@ def run_ranks(
     timeout_s: float = 120.0,
     env: Mapping[str, str | Sequence[str]] | None = None,
     init: bool = True,
-    backend: str = "gloo",
+    backend: str | None = None,
+    device: str = "cpu",
     may_die: Collection[int] = (),
 ) -> list[Any]:
     """
@@ -95,7 +96,9 @@ def run_ranks(
         init (`bool`, defaults to `True`): Whether the default process group is set up before `fn` and destroyed after
             it. `False` for functions that do so themselves (`init_process_group("gloo")` finds the store through the
             environment). The store keeps its keys: who initialises twice has to raise `TORCHELASTIC_RESTART_COUNT`.
-        backend (`str`, defaults to `"gloo"`): Backend of the default process group.
+        backend (`str`, *optional*): Backend of the default process group: gloo, or NCCL with `device="cuda"`. `"nccl"` alone
+            is bound to the rank's GPU, as transformers does it; `"cpu:gloo,cuda:nccl"` is not.
+        device (`str`, defaults to `"cpu"`): `"cuda"` gives every rank a GPU of its own, which is its current device.
         may_die (`Collection[int]`, defaults to none): Ranks which may end without a result, because the test kills
             them: their result is None.
 
@@ -110,8 +113,9 @@ def run_ranks(
         teardown_s = 0.0
         try:
             for rank in range(world_size):
-                environ = _environment(rank, world_size, store.port, env or {})
-                options = {"init": init, "backend": backend, "timeout_s": timeout_s, "log": str(logs[rank])}
+                environ = _environment(rank, world_size, store.port, device, env or {})
+                options = {"init": init, "device": device, "timeout_s": timeout_s, "log": str(logs[rank])}
+                options["backend"] = backend or {"cpu": "gloo", "cuda": "nccl"}[device]
                 ranks.append(_start(rank, call, environ, options))
             results = _collect(ranks, logs, timeout_s, frozenset(may_die))
             teardown_s = (
@@ -122,7 +126,9 @@ def run_ranks(
             _end(ranks, teardown_s)
 
 
-def _environment(rank: int, world_size: int, port: int, env: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
+def _environment(
+    rank: int, world_size: int, port: int, device: str, env: Mapping[str, str | Sequence[str]]
+) -> dict[str, str]:
     environ = dict(os.environ)
     environ.update(
         RANK=str(rank),
@@ -135,9 +141,9 @@ def _environment(rank: int, world_size: int, port: int, env: Mapping[str, str | 
         # As under torchrun: the store is there already, rank 0 does not open one.
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT="0",
-        # accelerate believes in several processes on a CPU only when told.
-        ACCELERATE_USE_CPU="true",
     )
+    if device == "cpu":
+        environ["ACCELERATE_USE_CPU"] = "true"  # it believes in several processes on a CPU only when told
     environ.update({name: value if isinstance(value, str) else value[rank] for name, value in env.items()})
     return environ
 
@@ -176,9 +182,15 @@ def _rank_main(call: bytes, environ: dict[str, str], options: dict[str, Any], co
     os.environ.update(environ)
     torch.set_num_threads(1)
     try:
+        device = None
+        if options["device"] == "cuda":
+            device = torch.device("cuda", int(environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         fn, args = pickle.loads(call)
         if options["init"]:
-            dist.init_process_group(options["backend"], timeout=timedelta(seconds=options["timeout_s"]))
+            bound = {"device_id": device} if options["backend"] == "nccl" else {}
+            timeout = timedelta(seconds=options["timeout_s"])
+            dist.init_process_group(options["backend"], timeout=timeout, **bound)
         report = ("result", pickle.dumps(fn(*args)))
     except BaseException as error:
         report = ("error", (type(error).__name__, traceback.format_exc(), time.monotonic()))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every collective of the inner backend through "locmoe", against the same call on gloo, under every plan."""
+"""
+Every collective of the inner backend through "locmoe", against the same call on it, under every plan: gloo here, NCCL in
+`test_nccl_backend.py`. Tensors are on torch's default device, which is the inner backend's.
+"""
 
 import pytest
 import torch
@@ -28,8 +31,8 @@ DTYPES = (
 
 
 def _make_group(backend, plan=None):
-    if backend == "gloo":
-        return dist.new_group(backend="gloo")
+    if backend != "locmoe":
+        return dist.new_group(backend=backend)
     from hf_locmoe.distributed.backend import LocMoeBackendOptions
     from hf_locmoe_backend import register
 
@@ -40,8 +43,15 @@ def _make_group(backend, plan=None):
 def _data(*shape, rank=None, dtype=torch.float32):
     """Other numbers on every rank, small enough for any type."""
     rank = dist.get_rank() if rank is None else rank
-    numbers = torch.arange(torch.Size(shape).numel()).view(shape) * 3 + rank * 7
-    return (numbers % 11).to(dtype)
+    numbers = torch.arange(torch.Size(shape).numel(), device="cpu").view(shape) * 3 + rank * 7
+    return (numbers % 11).to(dtype).to(torch.get_default_device())
+
+
+def _has_ended(work):
+    """After it was waited for; a GPU's host did not wait."""
+    if torch.get_default_device().type != "cpu":
+        torch.accelerator.synchronize()
+    return work.is_completed()
 
 
 # ---- one function per collective: group -> tensors to compare ------------------------------------------------------
@@ -56,7 +66,7 @@ def _all_reduce(group):
     tensor = _data(4)
     work = dist.all_reduce(tensor, group=group, async_op=True)
     assert work.wait()
-    assert work.is_completed()
+    assert _has_ended(work)
     return [*out, tensor]
 
 
@@ -112,9 +122,15 @@ def _send_and_receive(group):
     size, rank = dist.get_world_size(), dist.get_rank()
     out = torch.zeros(4)
     right, left = (rank + 1) % size, (rank - 1) % size
-    sent = dist.isend(_data(4), right, group=group)
-    dist.recv(out, left, group=group)
-    sent.wait()
+    # NCCL connects two ranks in their first call, and waits for the other there: not all may send first.
+    if rank % 2 == 0:
+        sent = dist.isend(_data(4), right, group=group)
+        dist.recv(out, left, group=group)
+        sent.wait()
+    else:
+        received = dist.irecv(out, left, group=group)
+        received.wait()
+        dist.send(_data(4), right, group=group)
     batched = torch.zeros(4)
     operations = [dist.P2POp(dist.isend, _data(4), right, group), dist.P2POp(dist.irecv, batched, left, group)]
     for work in dist.batch_isend_irecv(operations):
@@ -149,7 +165,7 @@ def _all_to_all_even(group):
                 output.copy_(_reference_all_to_all(_data(*shape).to(dtype), None))
             else:
                 dist.all_to_all_single(output, _data(*shape, dtype=dtype), group=group)
-            results.append(output.to(torch.complex128))
+            results.append(output.cpu().to(torch.complex128))
     return results
 
 
@@ -157,7 +173,7 @@ def _splits(seed):
     """[from][to] -> rows, some of them zero, the same on all ranks."""
     size = dist.get_world_size()
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(0, 4, (size, size), generator=generator)
+    rows = torch.randint(0, 4, (size, size), generator=generator, device="cpu")
     if seed == 1:
         rows[0] = 0  # rank 0 sends nothing
     if seed == 2:
@@ -275,6 +291,20 @@ def _autograd(group):
     return [output.detach(), source.grad, result.detach(), even.grad]
 
 
+def _all_to_all_plain(group):
+    """The types that every inner backend knows, even and uneven, by the reference's own exchange."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows, results = _splits(0), []
+    sends, receives = rows[rank], [row[rank] for row in rows]
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64):
+        output = torch.zeros(size, 5, dtype=dtype)
+        dist.all_to_all_single(output, _data(size, 5, dtype=dtype), group=group)
+        uneven = torch.zeros(sum(receives), 3, dtype=dtype)
+        dist.all_to_all_single(uneven, _data(sum(sends), 3, dtype=dtype), receives, sends, group=group)
+        results += [output, uneven]
+    return results
+
+
 COLLECTIVES = (
     _all_reduce,
     _broadcast,
@@ -286,6 +316,7 @@ COLLECTIVES = (
     _send_and_receive,
     _barrier,
     _objects,
+    _all_to_all_plain,
     _all_to_all_even,
     _all_to_all_uneven,
     _all_to_all_lists,
@@ -300,23 +331,24 @@ def _reference_all_to_all(source, rows):
     """By all-gather, which every backend has for every type: what each rank sends, cut out."""
     size, rank = dist.get_world_size(), dist.get_rank()
     everything = [None] * size
-    dist.all_gather_object(everything, source.to(torch.complex64 if source.is_complex() else torch.float64))
+    dist.all_gather_object(everything, source.cpu().to(torch.complex64 if source.is_complex() else torch.float64))
     parts = []
     for other in range(size):
         sends = rows[other] if rows else [source.shape[0] // size] * size
         parts.append(everything[other].split(sends)[rank])
-    return torch.cat(parts).to(source.dtype)
+    return torch.cat(parts).to(source.dtype).to(source.device)
 
 
-def _compare(plans):
-    """Collective by collective, the reference and every plan; returns how many tensors were compared."""
-    gloo = _make_group("gloo")
+def compare(plans, inner="gloo", device="cpu"):
+    """Collective by collective, the inner backend and every plan; returns how many tensors were compared."""
+    torch.set_default_device(torch.device(device, torch.cuda.current_device()) if device == "cuda" else device)
+    reference = _make_group(inner)
     groups = {plan: _make_group("locmoe", plan) for plan in plans}
     compared = 0
     for collective in COLLECTIVES:
-        # gloo itself does not know all types, and lists of equal tensors only
+        # No inner backend knows all types, and gloo lists of equal tensors only.
         by_hand = collective in (_all_to_all_even, _all_to_all_uneven, _all_to_all_lists)
-        expected = collective(("by hand",) if by_hand else gloo)
+        expected = collective(("by hand",) if by_hand else reference)
         for plan, group in groups.items():
             found = collective(group)
             assert len(found) == len(expected)
@@ -329,16 +361,16 @@ def _compare(plans):
 
 @pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.many_ranks)])
 def test_every_collective_gives_what_gloo_gives(world_size):
-    results = run_ranks(_compare, world_size, ("flat", "two_level", "auto"), env=TWO_NODES, timeout_s=120)
+    results = run_ranks(compare, world_size, ("flat", "two_level", "auto"), env=TWO_NODES, timeout_s=120)
     assert min(results) > 200
 
 
 def test_ranks_scattered_over_nodes():
     """Nodes that are no runs of ranks, as SLURM's cyclic distribution gives."""
     env = {"LOCMOE_TIMEOUT_S": "60", "GROUP_RANK": ["0", "1", "0", "1"], "LOCAL_WORLD_SIZE": "2"}
-    run_ranks(_compare, 4, ("two_level",), env=env, timeout_s=120)
+    run_ranks(compare, 4, ("two_level",), env=env, timeout_s=120)
 
 
 def test_nodes_of_different_size_fall_back_to_flat():
     env = TWO_NODES | {"LOCMOE_RANKS_PER_NODE": "2,1"}
-    run_ranks(_compare, 3, ("two_level", "auto"), env=env, timeout_s=120)
+    run_ranks(compare, 3, ("two_level", "auto"), env=env, timeout_s=120)

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 import weakref
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -39,30 +39,25 @@ class AcceleratorWatch:
         self._device = device
         # Set by the caller's thread, taken by the watching one, so that a work (and its tensors) is held for a
         # second at most.
-        self._last: tuple[Call, float, Any, torch.cuda.Event | None] | None = None
+        self._last: tuple[Call, float, Callable[[], bool]] | None = None
         threading.Thread(target=_look_on, args=(weakref.ref(self),), name="locmoe-watch", daemon=True).start()
 
     def saw(self, call: Call, work) -> None:
         """`call` has been given to the device; `work` is `None` where the current stream waits for it already."""
         if torch.cuda.is_current_stream_capturing():
             return
-        event = None
         if work is None:
             event = torch.cuda.Event()
             event.record()
-        self._last = (call, time.monotonic(), work, event)
+            has_ended = event.query
+        else:
+            # Asked, never waited for: NCCL's works let go of their callers' tensors when the first one waits.
+            has_ended = work.is_completed
+        self._last = (call, time.monotonic(), has_ended)
 
-    def take_last(self) -> tuple[Call, float, torch.cuda.Event] | None:
+    def take_last(self) -> tuple[Call, float, Callable[[], bool]] | None:
         last, self._last = self._last, None
-        if last is None:
-            return None
-        call, started, work, event = last
-        if event is None:
-            stream = torch.cuda.Stream(self._device)
-            with torch.cuda.stream(stream):
-                work.wait()
-                event = stream.record_event()
-        return call, started, event
+        return last
 
     def look_at(self, call: Call, started: float) -> bool:
         """A call that has not ended: whether it was given up, and the explanation logged."""
@@ -90,10 +85,10 @@ def _look_on(reference: weakref.ref[AcceleratorWatch]) -> None:
     torch.cuda.set_device(watch.device)
     pending = None
     while watch is not None:
-        if pending is not None and pending[2].query():
+        if pending is not None and pending[2]():
             pending = None
         pending = pending or watch.take_last()
-        if pending is not None and not pending[2].query() and watch.look_at(pending[0], pending[1]):
+        if pending is not None and not pending[2]() and watch.look_at(pending[0], pending[1]):
             return
         pause_s = watch.pause_s
         watch = None

@@ -241,19 +241,25 @@ class LocMoeProcessGroup(dist.ProcessGroup):
         num_bytes, _ = _measure(tensors)
         self._traffic.add("send", 1, int(near), int(not near), num_bytes * near, num_bytes * (not near))
         call = Call(0, f"send to {self.topology.describe_rank(dst)}", self._desk.label)
-        return watch(self._inner.send(tensors, dst, tag, *args, **kwargs), call, self._desk, tensors[0])
+        return watch(self._inner.send(tensors, dst, tag, *args, **kwargs), call, self._desk, tensors[0].device)
 
     def recv(self, tensors, src, tag, *args, **kwargs):
         self._check_process()
         self._traffic.add("recv", 1)
         call = Call(0, f"recv from {self.topology.describe_rank(src)}", self._desk.label)
-        return watch(self._inner.recv(tensors, src, tag, *args, **kwargs), call, self._desk, tensors[0])
+        return watch(self._inner.recv(tensors, src, tag, *args, **kwargs), call, self._desk, tensors[0].device)
 
     def recv_anysource(self, tensors, tag, *args, **kwargs):
         self._check_process()
         self._traffic.add("recv", 1)
         call = Call(0, "recv from any rank", self._desk.label)
-        return watch(self._inner.recv_anysource(tensors, tag, *args, **kwargs), call, self._desk, tensors[0])
+        return watch(self._inner.recv_anysource(tensors, tag, *args, **kwargs), call, self._desk, tensors[0].device)
+
+    def _device_without_tensors(self, values: Sequence) -> torch.device:
+        """Where a barrier runs: what its options say, else the backend that is the group's default."""
+        chosen = next((value.device for value in values if isinstance(value, dist.BarrierOptions)), None)
+        kind = chosen.type if chosen is not None else list(self._inner_names)[-1]
+        return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
     def _count_ring(self, collective: str, num_bytes: int, messages: int) -> None:
         if self._ring_leaves_node:
@@ -278,9 +284,11 @@ def _forward(method: str, collective: str, payload: int, sent: Callable[[int, in
         num_bytes, tensor = _measure(args[payload] if len(args) > payload else None)
         self._count_ring(collective, *sent(num_bytes, self._size))
         record = self._desk.open_call(collective)
-        if tensor is None and args:
-            tensor = _measure(args)[1]
-        return watch(getattr(self._inner, method)(*args, **kwargs), record, self._desk, tensor)
+        values = (*args, *kwargs.values())
+        if tensor is None:
+            tensor = _measure(values)[1]
+        device = tensor.device if tensor is not None else self._device_without_tensors(values)
+        return watch(getattr(self._inner, method)(*args, **kwargs), record, self._desk, device)
 
     call.__name__ = method
     call.__doc__ = f"`torch.distributed.{collective}` by the inner backend."

@@ -25,8 +25,8 @@ from .work import DoneWork, EventWork, TaskThread, ThreadWork, WatchedWork
 logger = logging.getLogger(__name__)
 
 PLANS = ("auto", "flat", "two_level", "tp_domain")
-# The types that gloo's all-to-all knows; any other travels as bytes.
-_GLOO_DTYPES = frozenset(
+# The types that gloo's all-to-all and NCCL's both know; any other travels as bytes.
+_WIRE_DTYPES = frozenset(
     (
         torch.float32,
         torch.float64,
@@ -118,7 +118,7 @@ class GroupwiseAllToAll:
             self._count("all_to_all_single", "group", input, input_counts, calls=1)
             wire = _on_the_wire(output, input)
             work = _native_all_to_all(self._inner, *wire, output_counts, input_counts, *args, **kwargs)
-            return watch(work, call, self._desk, input)
+            return watch(work, call, self._desk, input.device)
         if uneven:
             output_counts = output_counts or [output.shape[0] // self._size] * self._size
             input_counts = input_counts or [input.shape[0] // self._size] * self._size
@@ -137,8 +137,11 @@ class GroupwiseAllToAll:
         call = self._desk.open_call("all_to_all")
         if plan == "flat" and input_tensors[0].device.type != "cpu":
             self._count("all_to_all", "group", input_tensors[0].flatten(), input_counts, calls=1)
+            if input_tensors[0].dtype not in _WIRE_DTYPES:
+                output_tensors = [tensor.flatten().view(torch.uint8) for tensor in output_tensors]
+                input_tensors = [tensor.flatten().view(torch.uint8) for tensor in input_tensors]
             work = self._inner.alltoall(output_tensors, input_tensors, *args, **kwargs)
-            return watch(work, call, self._desk, input_tensors[0])
+            return watch(work, call, self._desk, input_tensors[0].device)
         self._traffic.add("all_to_all", calls=1)
         with torch.no_grad():
             input = torch.cat([tensor.flatten() for tensor in input_tensors])
@@ -212,7 +215,7 @@ class GroupwiseAllToAll:
             event = stream.record_event()
         for tensor in tensors:
             tensor.record_stream(stream)
-        return watch(EventWork(event, tensors, result), call, self._desk, result[0])
+        return watch(EventWork(event, tensors, result), call, self._desk, device)
 
     @torch.no_grad()
     def _carry_out(self, steps: Plan, collective: str) -> None:
@@ -344,16 +347,17 @@ class GroupwiseAllToAll:
             )
 
 
-def watch(work, call: Call, desk: FailureDesk, tensor: torch.Tensor | None) -> dist.Work:
+def watch(work, call: Call, desk: FailureDesk, device: torch.device) -> dist.Work:
     """
     The work to hand out for one of the inner backend. On the CPU a watched one. An accelerator's work is waited for by
-    the stream and not by the host: nothing may come between, the watching is done from aside.
+    the stream and not by the host: nothing may come between, the watching is done from aside. Above all no wait with an
+    end, after which NCCL gives the whole group up.
     """
-    if tensor is None or tensor.device.type == "cpu":
+    if device.type == "cpu":
         return WatchedWork(work, call, desk) if work is not None else DoneWork()
-    if tensor.device.type == "cuda":
+    if device.type == "cuda":
         if desk.accelerator_watch is None:
-            desk.accelerator_watch = AcceleratorWatch(desk, tensor.device)
+            desk.accelerator_watch = AcceleratorWatch(desk, device)
         desk.accelerator_watch.saw(call, work)
     return work if work is not None else DoneWork()
 
@@ -365,8 +369,8 @@ def _native_all_to_all(group: dist.ProcessGroup, *args, **kwargs):
 
 
 def _on_the_wire(output: torch.Tensor, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tensors as the inner backend takes them: gloo does not know all types, and an exchange only moves bytes."""
-    if input.device.type != "cpu" or input.dtype in _GLOO_DTYPES:
+    """The tensors as the inner backend takes them: none knows all types, and an exchange only moves bytes."""
+    if input.dtype in _WIRE_DTYPES:
         return output, input
     return _as_rows_of_bytes("output", output), _as_rows_of_bytes("input", input)
 

@@ -103,11 +103,13 @@ class Capacity(NamedTuple):
     Fixed shapes: rows that one rank may send to each rank, the same on every rank and in every step.
 
     `node_local` rows to every rank of its own node and `remote` rows to every other. Two tiers, because one size for
-    both would allow each rank only its share of local tokens and so undo what locality gains.
+    both would allow each rank only its share of local tokens and so undo what locality gains. `pairs`: (token, expert)
+    pairs that a rank computes; one for each expert of each arriving row when left out.
     """
 
     node_local: int
     remote: int
+    pairs: int | None = None
 
 
 class Slice(NamedTuple):
@@ -121,6 +123,7 @@ class Slice(NamedTuple):
     handed_sizes: list[int]
     num_pairs: int
     room: torch.Tensor | None = None  # (P,) with a capacity
+    recv_counts: torch.Tensor | None = None  # (P,) `recv_sizes` on the device, without a capacity
 
 
 class DispatchPlan(NamedTuple):
@@ -162,11 +165,14 @@ def plan_dispatch(
             raise ValueError(
                 f'`fan_out` ("{fan_out}") must be "rank" with a capacity, whose shapes are fixed: leave it on "auto".'
             )
-        node_local, remote = (-(-rows // num_slices) for rows in capacity)
+        node_local, remote = (-(-rows // num_slices) for rows in (capacity.node_local, capacity.remote))
         sizes = [node_local if is_near else remote for is_near in peers.topology.same_node(peers.rank)]
+        num_pairs = sum(sizes) * num_top_k
+        if capacity.pairs is not None:
+            num_pairs = min(num_pairs, -(-capacity.pairs // num_slices))
         room = torch.where(peers.same_node, node_local, remote)
         destination = owner.masked_fill(~is_first_of_rank, peers.num_ranks)
-        slices = [Slice(part, destination[part], sizes, sizes, [], [], 0, room) for part in tokens]
+        slices = [Slice(part, destination[part], sizes, sizes, [], [], num_pairs, room) for part in tokens]
         return DispatchPlan(top_k_index, fan_out, slices, True)
 
     # What every rank needs to know of our tokens, one row of numbers per (rank, slice).
@@ -215,7 +221,18 @@ def plan_dispatch(
         own = rest[index * num_rest : (index + 1) * num_rest]
         hand_on, handed = (own[:on_node], own[width : width + on_node]) if fan_out == "node" else ([], [])
         num_pairs = own[-1] if num_top_k > 1 else sum(recv_sizes)
-        slices.append(Slice(part, destination[part], send[index::num_slices], recv_sizes, hand_on, handed, num_pairs))
+        slices.append(
+            Slice(
+                part,
+                destination[part],
+                send[index::num_slices],
+                recv_sizes,
+                hand_on,
+                handed,
+                num_pairs,
+                recv_counts=received[:, index, 0],
+            )
+        )
     return DispatchPlan(top_k_index, fan_out, slices, False)
 
 
@@ -295,9 +312,7 @@ def finish_dispatch(metadata: DispatchMetadata) -> tuple[torch.Tensor, torch.Ten
     if plan.fan_out == "node" and len(peers.node_ranks) > 1:
         targets = peers.rank_to_hand_on[peers.expert_to_rank[ids]]
         # Rows from this node came straight to the rank of their expert: they are not handed on again.
-        is_direct = peers.same_node.repeat_interleave(
-            torch.tensor(part.recv_sizes, device=ids.device), output_size=tokens.size(0)
-        ).unsqueeze(1)
+        is_direct = peers.same_node.repeat_interleave(part.recv_counts, output_size=tokens.size(0)).unsqueeze(1)
         none = len(peers.node_ranks)
         targets = targets.masked_fill(is_direct & (targets != peers.index_in_node[peers.rank]), none)
         is_first, _ = _first_occurrence(targets)
@@ -311,8 +326,7 @@ def finish_dispatch(metadata: DispatchMetadata) -> tuple[torch.Tensor, torch.Ten
     local = peers.expert_to_local[ids]
     if ids.size(1) > 1:
         # One row per (token, local expert): experts that sum over k themselves would gather k rows for each.
-        none = peers.num_local_experts
-        num_pairs = local.numel() if plan.is_padded else part.num_pairs
+        none, num_pairs = peers.num_local_experts, part.num_pairs
         room = local.new_full((1,), num_pairs) if plan.is_padded else None
         route = make_route((local == none).long(), [num_pairs], [num_pairs], room=room)
         metadata.hops.append(route)

@@ -82,7 +82,8 @@ def two_level_plan(
         # for each place j, for each node k: rows (this node, j) -> (k, this place)
         relayed = outgoing
     else:
-        numbers = torch.tensor(outgoing, dtype=torch.int64).flatten()
+        # the host's numbers, wherever the rows are
+        numbers = torch.tensor(outgoing, dtype=torch.int64, device="cpu").flatten()
         arriving = torch.empty_like(numbers)
         yield Exchange("node", numbers, arriving)
         relayed = arriving.view(node_size, num_nodes).tolist()

@@ -11,6 +11,7 @@ What a run may choose is in [`ExpertParallelOptions`]. It is set once, before th
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -54,8 +55,9 @@ class ExpertParallelOptions:
             Dtype of tokens, outputs and their gradients under way. Sums are in float32 whatever it is, routing
             weights and their gradients travel unchanged. The tensors' own dtype when left out.
         capacity_factor (`float`, *optional*):
-            Fixed shapes in training: room for this factor times the expected rows for each rank; what does not fit is
-            dropped. No sizes are exchanged, nothing is read back to the host. Dropless when left out.
+            Fixed shapes in training: room for this factor times the expected rows for each rank, and the expected
+            (token, expert) pairs of a rank; what does not fit is dropped. No sizes are exchanged, nothing is read back to
+            the host. Dropless when left out.
         max_tokens_per_rank (`int`, *optional*):
             Most tokens a rank has in one forward, needed with `capacity_factor`: shapes must be the same on all ranks.
         remote_share (`float`, *optional*):
@@ -336,9 +338,9 @@ class LocMoeEP(EPImplementation):
             self.experts.expert_capacity = None
         return self.experts_forward(tokens, expert_ids, weights)
 
-    def _cost(self, peers: Peers) -> CostModel:
+    def _cost(self, hidden_states, peers: Peers) -> CostModel:
         if self.resources.cost is None:
-            self.resources.cost = CostModel.measure(peers)
+            self.resources.cost = CostModel.measure(peers, hidden_states.dtype)
         return self.resources.cost
 
     def _fan_out(self, hidden_states, top_k_index, peers: Peers) -> FanOut:
@@ -348,7 +350,7 @@ class LocMoeEP(EPImplementation):
             return "rank"
         if self.options.fan_out != "auto":
             return self.options.fan_out
-        return self._cost(peers).choose_fan_out(num_top_k, peers)
+        return self._cost(hidden_states, peers).choose_fan_out(num_top_k, peers)
 
     @property
     def choices(self) -> tuple[FanOut, int] | None:
@@ -361,7 +363,7 @@ class LocMoeEP(EPImplementation):
         if self._slices is None and torch.compiler.is_compiling():
             return 1  # a compiled graph orders the transfers itself
         if self._slices is None:
-            cost = self._cost(peers)
+            cost = self._cost(hidden_states, peers)
             most_tokens = torch.tensor(hidden_states.size(0), device=hidden_states.device)
             dist.all_reduce(most_tokens, op=dist.ReduceOp.MAX, group=peers.group)
             self._slices = cost.choose_slices(
@@ -376,6 +378,13 @@ class LocMoeEP(EPImplementation):
         options = self.options
         if options.capacity_factor is None:
             return None
+        room, most_tokens = self._room(top_k_index, peers), -(-options.max_tokens_per_rank // self.tp_mesh.size())
+        # a token goes to a rank once, however many of its experts are there
+        node_local, remote = min(room.node_local, most_tokens), min(room.remote, most_tokens)
+        return Capacity(node_local, remote, math.ceil(options.capacity_factor * most_tokens * top_k_index.size(1)))
+
+    def _room(self, top_k_index, peers: Peers) -> Capacity:
+        options = self.options
         num_tokens, num_top_k = top_k_index.shape
         most_tokens = -(-options.max_tokens_per_rank // self.tp_mesh.size())
         if num_tokens > most_tokens:

@@ -28,8 +28,12 @@ from .recomputation import Recomputation
 _MAX_SLICES = 4
 _LEAST_GAIN = 0.15  # what a prediction must promise before it is acted on: rates measured on busy machines swing
 _PROBES = 8
-_PROBE_BYTES = 1 << 18  # a message to each peer: long enough to see a rate, 10 ms at 200 Mbit/s
-_PROBE_SIDE = 512  # of the square matrix product that finds the rate of computation
+# A message to each peer, long enough to see a rate: 10 ms at 200 Mbit/s, and on accelerators' links some 50 us.
+_PROBE_BYTES = {"cpu": 1 << 18}
+_PROBE_BYTES_ON_ACCELERATORS = 1 << 24
+# Of the square matrix product that finds the rate of computation.
+_PROBE_SIDE = {"cpu": 512}
+_PROBE_SIDE_ON_ACCELERATORS = 4096
 
 
 def run_sliced(
@@ -97,18 +101,24 @@ class CostModel:
     flops_per_s: float
 
     @classmethod
-    def measure(cls, peers: Peers) -> CostModel:
-        """Times a few exchanges and one matrix product; collective over the group. The slowest rank counts."""
+    def measure(cls, peers: Peers, dtype: torch.dtype = torch.float32) -> CostModel:
+        """
+        Times a few exchanges and one matrix product, in `dtype` on an accelerator; collective over the group. The slowest
+        rank counts.
+        """
         same_node = peers.topology.same_node(peers.rank)
         device = peers.expert_to_rank.device
+        num_bytes = _PROBE_BYTES.get(device.type, _PROBE_BYTES_ON_ACCELERATORS)
+        side = _PROBE_SIDE.get(device.type, _PROBE_SIDE_ON_ACCELERATORS)
         # with random numbers of its own: the run's are the same with and without a measurement
         generator = torch.Generator(device).manual_seed(0)
-        factors = torch.randn(_PROBE_SIDE, _PROBE_SIDE, device=device, generator=generator)
+        factors = torch.randn(side, side, device=device, generator=generator)
+        factors = factors if device.type == "cpu" else factors.to(dtype)
         seconds = torch.tensor(
             [
                 _exchange_seconds(peers, [0] * peers.num_ranks),
-                _exchange_seconds(peers, [_PROBE_BYTES if near else 0 for near in same_node]),
-                _exchange_seconds(peers, [0 if near else _PROBE_BYTES for near in same_node]),
+                _exchange_seconds(peers, [num_bytes if near else 0 for near in same_node]),
+                _exchange_seconds(peers, [0 if near else num_bytes for near in same_node]),
                 _seconds(lambda: factors @ factors, device),
             ],
             dtype=torch.float64,
@@ -120,9 +130,9 @@ class CostModel:
         near, far = peers.ranks_per_node, peers.num_ranks - min(peers.topology.node_sizes)
         return cls(
             latency_s=latency_s,
-            node_local_bytes_per_s=_PROBE_BYTES * near / max(node_local_s - latency_s, 1e-6),
-            remote_bytes_per_s=_PROBE_BYTES * far / max(remote_s - latency_s, 1e-6) if far else float("inf"),
-            flops_per_s=2 * _PROBE_SIDE**3 / product_s,
+            node_local_bytes_per_s=num_bytes * near / max(node_local_s - latency_s, 1e-6),
+            remote_bytes_per_s=num_bytes * far / max(remote_s - latency_s, 1e-6) if far else float("inf"),
+            flops_per_s=2 * side**3 / product_s,
         )
 
     def choose_slices(self, num_tokens: int, row_bytes: int, num_top_k: int, row_flops: float, peers: Peers) -> int:

@@ -10,6 +10,7 @@ it reaches `config.json`.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -167,6 +168,21 @@ def _in_distributed_job() -> bool:
     return PartialState().num_processes > 1
 
 
+def _share_first_ranks(tensor: torch.Tensor) -> None:
+    """
+    Overwrites a tensor with rank 0's. The default group of a job on GPUs is often NCCL's alone, which takes nothing that is
+    on the CPU: then the way is over the rank's own accelerator, bound as transformers binds it.
+    """
+    if f"{tensor.device.type}:" in dist.get_backend_config():
+        dist.broadcast(tensor, src=0)
+        return
+    accelerator = torch.accelerator.current_accelerator()
+    index = int(os.environ.get("LOCAL_RANK", torch.accelerator.current_device_index()))
+    shared = tensor.to(torch.device(accelerator.type, index))
+    dist.broadcast(shared, src=0)
+    tensor.copy_(shared)
+
+
 def leave_job() -> None:
     """Ends the run and its process groups: a gloo process that leaves them behind is aborted at exit now and then."""
     set_parallel_run(None)
@@ -232,7 +248,7 @@ class ParallelRunMixin(SpreadLayoutMixin):
             state_dict = whole.state_dict()
             # what one process would have drawn, also where the script seeds ranks differently
             for tensor in state_dict.values():
-                dist.broadcast(tensor, src=0)
+                _share_first_ranks(tensor)
             model = cls.from_pretrained(
                 None,
                 config=whole.config,
@@ -305,6 +321,8 @@ def model_size(model_class: type, config: Any) -> ModelSize:
 
 def join_run(model: Any) -> None:
     """What a sharded model has to know of the run: whose router statistics it shares, and which experts are near."""
+    # It is sharded: `Accelerator.prepare` leaves it as it is, where it would wrap it in DDP and fail.
+    model._is_accelerate_prepared = True
     base_model = model.base_model
     if not hasattr(base_model, "router_scope"):
         return
