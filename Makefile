@@ -21,7 +21,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
 WORKERS := -n logical --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu test-multiprocess test-cluster check lint format package-check \
+.PHONY: help env demo test test-slow test-gpu test-multigpu test-multiprocess test-cluster check lint format package-check \
 	upstream-symbols bench-gpu bench-multigpu clean
 
 help: ## list the targets
@@ -48,9 +48,11 @@ test-slow: $(ENV) ## the tests that take longer
 test-multiprocess: $(ENV) ## all tests that start several processes, eight and more ranks included
 	$(PYTEST) -m "(multiprocess or many_ranks) and not gpu and not cluster" $(ARGS)
 
-# Their files alone are collected: others import what a GPU machine may lack. Compiling kernels is what takes the time.
-test-gpu: $(ENV) ## the tests that need a CUDA device, compiling kernels on up to 16 cores
-	$(PYTEST) -n logical --maxprocesses=16 --dist=worksteal -m gpu $$(grep -rlE "mark\.gpu" --include="test_*.py" tests) $(ARGS)
+test-gpu: $(ENV) ## the tests that need a CUDA device
+	$(PYTEST) -m "gpu and not multigpu" $(ARGS)
+
+test-multigpu: $(ENV) ## the tests that need several CUDA devices
+	$(PYTEST) $(WORKERS) -m multigpu $(ARGS)
 
 test-cluster: $(ENV) ## the tests on an emulated cluster (root and iproute2)
 	$(PYTEST) -m cluster $(ARGS)

@@ -43,6 +43,11 @@ def _missing_for_cluster() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    num_devices = torch.cuda.device_count()
+    for item in items:
+        if (marker := item.get_closest_marker("multigpu")) and num_devices < (needed := marker.args[0]):
+            reason = f"needs {needed} CUDA devices, torch finds {num_devices}"
+            item.add_marker(pytest.mark.skip(reason=reason))
     if not torch.cuda.is_available():
         _skip(items, "gpu", "needs a CUDA device, torch finds none")
     if (reason := _missing_for_cluster()) is not None:

@@ -68,7 +68,7 @@ def tiny_config(family: str, num_experts: int = 4, num_experts_per_tok: int = 2)
 
 @dataclass
 class Variant:
-    """One way to run the same training."""
+    """One way to run the same training, on the ranks' `device`."""
 
     mesh: dict[str, int]
     options: dict[str, Any] = field(default_factory=dict)
@@ -83,12 +83,14 @@ class Variant:
     one_expert: bool = False
     steps: int = 2
     lengths: tuple[int, ...] = (7,)  # sequence length by batch
+    device: str = "cpu"
 
 
 def batches(variant: Variant, num_batches: int, step: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     size = variant.lengths
-    return [torch.randint(3, 61, (2, size[i % len(size)]), generator=generator) for i in range(num_batches)]
+    drawn = [torch.randint(3, 61, (2, size[i % len(size)]), generator=generator) for i in range(num_batches)]
+    return [input_ids.to(variant.device) for input_ids in drawn]
 
 
 def full_model(variant: Variant):
@@ -100,7 +102,7 @@ def full_model(variant: Variant):
             for name, parameter in model.named_parameters():
                 if name.endswith("gate.weight"):
                     parameter.zero_()
-    return model
+    return model.to(variant.device)
 
 
 def sharded_model(variant: Variant, model, config_class=DistributedConfig, model_class=None):
@@ -129,7 +131,7 @@ def train(model, variant: Variant, own_batches, scale: float):
     for step in range(variant.steps):
         total = 0.0
         for input_ids in own_batches(step):
-            context = torch.autocast("cpu", torch.bfloat16) if variant.autocast else nullcontext()
+            context = torch.autocast(variant.device, torch.bfloat16) if variant.autocast else nullcontext()
             with context:
                 output = model(input_ids=input_ids, labels=input_ids)
             (output.loss * scale).backward()
@@ -161,9 +163,9 @@ def compare(variant: Variant, tolerance: dict[str, float], **build) -> Any:
         lambda step: batches(variant, per_step, step)[shard::num_shards],
         1 / variant.accumulation,
     )
-    mean_losses = torch.tensor(got[0])
+    mean_losses = torch.tensor(got[0], device=variant.device)
     dist.all_reduce(mean_losses)
-    torch.testing.assert_close(mean_losses / world, torch.tensor(expected[0]), **tolerance)
+    torch.testing.assert_close((mean_losses / world).cpu(), torch.tensor(expected[0]), **tolerance)
     if shard == num_shards - 1:  # the truth's last batch is that of the last shard
         torch.testing.assert_close(whole(got[1]), expected[1], **tolerance)
     for kind in (2, 3):

@@ -54,7 +54,7 @@ class Losses(TrainerCallback):
 
 def whole_weights(model) -> dict[str, torch.Tensor]:
     return {
-        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()
         for name, tensor in model.state_dict().items()
     }
 

@@ -178,21 +178,21 @@ def test_recomputation_uses_the_first_routing_and_sends_nothing_back():
 # ---- compilation ----------------------------------------------------------------------------------------------------
 
 
-def one_layer(options):
-    """One rank's experts behind the implementation, and what it gives on this rank's tokens, plain and compiled."""
+def one_layer(options, device="cpu", implementation="grouped_mm"):
+    """One rank's experts behind the implementation, and a function of it: output and gradients on this rank's tokens."""
     world, rank = dist.get_world_size(), dist.get_rank()
     config = tiny_config("olmoe")
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = implementation
     experts = OlmoeExperts(config)
     torch.manual_seed(rank)
     for name, parameter in list(experts.named_parameters()):
-        setattr(experts, name, torch.nn.Parameter(torch.randn(4 // world, *parameter.shape[1:])))
+        setattr(experts, name, torch.nn.Parameter(torch.randn(4 // world, *parameter.shape[1:]).to(device)))
     experts.num_experts, experts._is_expert_parallel = 4 // world, True
-    mesh = dist.init_device_mesh("cpu", (world, 1), mesh_dim_names=("ep", "tp"))
+    mesh = dist.init_device_mesh(device, (world, 1), mesh_dim_names=("ep", "tp"))
     with expert_parallel_options(**options):
         layer = LocMoeEP(experts, mesh["ep"], mesh["tp"])
-    tokens, weights = torch.randn(7, 16, requires_grad=True), torch.rand(7, 2, requires_grad=True)
-    index = torch.rand(7, 4).argsort(1)[:, :2]
+    tokens, weights = (draw.to(device).requires_grad_() for draw in (torch.randn(7, 16), torch.rand(7, 2)))
+    index = torch.rand(7, 4).argsort(1)[:, :2].to(device)
 
     def run(call):
         leaves = [tokens, weights, *experts.parameters()]
