@@ -257,6 +257,17 @@ class LocMoeEP(EPImplementation):
         """The node that every expert lives on, by the numbers of the job's nodes; `num_experts` entries."""
         return tuple(self.resources.job_node_of_rank[rank] for rank in self.peers.topology.expert_to_rank)
 
+    def place(self, expert_to_rank: tuple[int, ...]) -> None:
+        """
+        From here on experts are looked for on these ranks of the group, each rank's in ascending order. The parameters have
+        to be there: see `expert_move.py`.
+        """
+        old = self.peers
+        topology = self.resources.topology.with_experts(self.num_experts, expert_to_rank)
+        self.peers = Peers(
+            topology, old.rank, old.group, old.node_group, old.expert_to_rank.device, old.label, old.clock
+        )
+
     def __call__(self, hidden_states, top_k_index, top_k_weights):
         num_tokens = hidden_states.size(0)
         if self.experts.training:

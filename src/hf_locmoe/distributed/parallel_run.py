@@ -48,7 +48,8 @@ class LocalityOptions:
             a micro-batch, in an optimizer step (`"step"`: all accumulation steps), or none but its own (`"off"`).
         domain_column (`str`, *optional*): A column of the batches, of shape `(B,)`, int64, that names each sample's domain;
             statistics then go by domain in the place of token ids.
-        expert_placement_steps (`int`, defaults to 0): Optimizer steps between two placements of the experts; 0 for none.
+        expert_placement_steps (`int`, defaults to 0): Optimizer steps between two placements of the experts, which move with
+            their optimizer state to the node that most of their tokens are computed on; 0 for none.
         locality_warmup_steps (`int`, defaults to 0): Steps over which the locality loss rises to its full weight.
         locality_target_share (`float`, *optional*): Node-local share of a layer's tokens from which its locality loss rests.
         node_bias_target (`float`, *optional*): Node-local share that a bias on the selection of experts steers to, in
@@ -230,6 +231,14 @@ class ParallelRunMixin(SpreadLayoutMixin):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
         join_run(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
+
+    def save_pretrained(self, *args, **kwargs):
+        if kwargs.get("state_dict") is not None:  # gathered by the caller, maybe on one rank alone
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        from .expert_move import canonical_experts  # which imports this file
+
+        with canonical_experts(self):  # type: ignore[arg-type]
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def _from_config(cls, config, **kwargs):

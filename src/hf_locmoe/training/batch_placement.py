@@ -25,9 +25,11 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
+from ..distributed.expert_move import Placement, move_experts, reason_not_to_move
 from ..distributed.expert_parallel import LocMoeEP, expert_parallel_layers, job_topology
 from ..distributed.parallel_run import LocalityOptions, current_parallel_run
 from .affinity import AffinityTable
+from .expert_placement import expert_ranks, place_experts
 from .placement import balanced_assignment
 
 
@@ -69,6 +71,55 @@ class BatchPlacement:
         self._keys: torch.Tensor | None = None  # of the newest micro-batch that was handed out, one for each token
         self._copied: tuple[torch.Tensor, torch.Tensor, Any] | None = None
         self._has_warned = False
+        self._experts_placed_at = 0
+
+    def place_experts_if_due(self, model: torch.nn.Module, optimizer: Any, step: int) -> None:
+        """[`BatchPlacement.place_experts`] every `expert_placement_steps`: all ranks call it before a step, with its number."""
+        every = self.options.expert_placement_steps
+        if every and step % every == 0 and step != self._experts_placed_at:
+            self._experts_placed_at = step
+            self.place_experts(model, optimizer)
+
+    def place_experts(self, model: torch.nn.Module, optimizer: Any = None) -> int:
+        """
+        Moves the experts to the nodes that most of their tokens are computed on, between two optimizer steps. A collective.
+
+        Args:
+            model: That this placement was made for.
+            optimizer (*optional*): Whose state moves with them.
+
+        Returns:
+            `int`: Experts that moved to another rank, over all layers.
+        """
+        if self.table.is_empty:
+            return 0
+        if (reason := reason_not_to_move(model, optimizer)) is not None:
+            if dist.get_rank() == 0:
+                logger.warning_once(
+                    f"`expert_placement_steps` ({self.options.expert_placement_steps}) has no effect: {reason}"
+                )
+            return 0
+        wanted = [self._wanted_placements()]
+        dist.broadcast_object_list(wanted, src=0)
+        moved = move_experts(model, wanted[0], optimizer)
+        if moved and dist.get_rank() == 0:
+            logger.info(f"{moved} experts of {len(self.layers)} layers moved to the nodes of their tokens.")
+        return moved
+
+    def _wanted_placements(self) -> list[Placement]:
+        """By the statistics so far; a rank of the expert-parallel group for each expert of each layer."""
+        first = [self.topology.ranks_of_node(node)[0] for node in range(self.topology.num_nodes)]
+        column = {self.job.node_of_rank(self.topology.global_ranks[rank]): node for node, rank in enumerate(first)}
+        placements = []
+        for layer, counted in zip(self.layers, self.table.expert_node_mass.numpy(), strict=True):
+            topology = layer.peers.topology
+            on_node = [topology.ranks_of_node(node) for node in range(topology.num_nodes)]
+            # the group's nodes by their own numbers
+            mass = counted[:, [column[layer.resources.job_node_of_rank[ranks[0]]] for ranks in on_node]]
+            current = np.array([topology.node_of_rank(rank) for rank in topology.expert_to_rank])
+            slots = [layer.num_local_experts * len(ranks) for ranks in on_node]
+            placements.append(expert_ranks(place_experts(mass, slots, current), mass.sum(axis=1), topology))
+        return placements
 
     def place(self, batches: list[Batch]) -> list[Batch]:
         """

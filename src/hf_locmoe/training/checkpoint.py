@@ -32,6 +32,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+from ..distributed.expert_move import canonical_experts, move_experts, placements_of, reason_not_to_move
 from ..distributed.parallel_run import current_parallel_run
 from ..pretrained_io import CheckpointError
 from .batch_placement import BatchPlacement, batch_placement_for
@@ -95,6 +96,7 @@ class LocMoeTrainer(Trainer):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         placement = self.batch_placement()
         if placement is not None:
+            placement.place_experts_if_due(self.model, self.optimizer, self.state.global_step)
             batches = placement.place(batches)
         return batches, num_items_in_batch
 
@@ -126,6 +128,12 @@ class LocMoeTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             return
         self._finish_write()
+        placements = placements_of(self.model)
+        with canonical_experts(self.model, self.optimizer):
+            self._save_canonical(placements, trial)
+
+    def _save_canonical(self, placements, trial) -> None:
+        """The experts are where a checkpoint has them; `placements` are where they belong."""
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         run_dir = self._get_output_dir(trial)
@@ -133,7 +141,7 @@ class LocMoeTrainer(Trainer):
         staging = open_staging(run_dir, name)
         self._note_best_checkpoint(run_dir)
         weights = gathered_weights(self.model, is_first_rank())
-        state = None if self.args.save_only_model else self._state_to_save()
+        state = None if self.args.save_only_model else self._state_to_save(placements)
         if is_first_rank():
             self._export_callbacks()
         job = _CheckpointJob(self, staging, weights, run_dir)
@@ -164,7 +172,7 @@ class LocMoeTrainer(Trainer):
             self._finish_write()
         super().save_model(output_dir, _internal_call)
 
-    def _state_to_save(self) -> dict[str, Any]:
+    def _state_to_save(self, placements: list[tuple[int, ...]]) -> dict[str, Any]:
         run = {
             "global_step": self.state.global_step,
             "total_batch_size": self.get_total_train_batch_size(self.args),
@@ -179,8 +187,9 @@ class LocMoeTrainer(Trainer):
             ) from error
         buffers = {} if isinstance(self.model, PreTrainedModel) else router_state(self.model)
         placement = self.batch_placement()
+        statistics = None if placement is None else {**placement.table.state_dict(), "expert_to_rank": placements}
         return {
-            "placement": packed(None if placement is None else placement.table.state_dict()),
+            "placement": packed(statistics),
             "optimizer": state,
             "router_state": packed(buffers),
             "scheduler": packed(self.lr_scheduler.state_dict()),
@@ -302,7 +311,8 @@ class LocMoeTrainer(Trainer):
         self._load_weights(best)
 
     def _load_weights(self, checkpoint: str) -> None:
-        load_weights(self.model, checkpoint)
+        with canonical_experts(self.model):
+            load_weights(self.model, checkpoint)
         if (state := Path(checkpoint, STATE_FOLDER)).is_dir():
             load_router_state(self.model, read_packed(state, "router_state"))
 
@@ -312,11 +322,13 @@ class LocMoeTrainer(Trainer):
             if not self.is_distributed_loading_by_transformers:  # with a fresh optimizer, as `--save_only_model` says
                 super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load_optimizer_state(self.model, self.optimizer, folder)
+        with canonical_experts(self.model, self.optimizer):
+            load_optimizer_state(self.model, self.optimizer, folder)
         load_scheduler_state(self.lr_scheduler, read_packed(folder, "scheduler"), self.optimizer)
         placement, statistics = self.batch_placement(), read_packed(folder, "placement")
         if placement is not None and statistics is not None:
             placement.table.load_state_dict(statistics)
+            self._place_experts_again(statistics.get("expert_to_rank", []))
         run, batch_size = read_packed(folder, "run"), self.get_total_train_batch_size(self.args)
         if run["total_batch_size"] != batch_size and not self.args.ignore_data_skip and is_first_rank():
             logger.warning(
@@ -325,6 +337,16 @@ class LocMoeTrainer(Trainer):
                 "`per_device_train_batch_size` and `gradient_accumulation_steps` for the same product with the number of "
                 "data-parallel ranks to go on where it stopped."
             )
+
+    def _place_experts_again(self, placements: list[tuple[int, ...]]) -> None:
+        """As they were when the checkpoint was saved, by the same ranks; of others the run decides anew."""
+        if not current_parallel_run().locality.expert_placement_steps or reason_not_to_move(
+            self.model, self.optimizer
+        ):
+            return
+        now = placements_of(self.model)
+        if [(len(table), max(table)) for table in placements] == [(len(table), max(table)) for table in now]:
+            move_experts(self.model, placements, self.optimizer)
 
     def _load_rng_state(self, checkpoint):
         folder = Path(checkpoint or "", STATE_FOLDER)

@@ -29,6 +29,7 @@ from transformers.distributed.checkpoint import _redistribute_state_dict, load_o
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..distributed.expert_move import canonical_experts
 from ..distributed.parallel_run import current_parallel_run, set_parallel_run
 from ..pretrained_io import CheckpointError
 
@@ -50,8 +51,9 @@ def gathered_weights(model: Any, on_this_rank: bool) -> dict[str, torch.Tensor]:
     """
     if isinstance(model, PreTrainedModel):
         config = getattr(model.config, "distributed_config", None)
-        state_dict = model.state_dict()
-        return model.gather_sharded_state_dict_for_save(model, state_dict, config, save_on_this_rank=on_this_rank)
+        with canonical_experts(model):
+            state_dict = model.state_dict()
+            return model.gather_sharded_state_dict_for_save(model, state_dict, config, save_on_this_rank=on_this_rank)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     prefix = getattr(model.base_model, "prefix", "\0")  # "lora_": an adapter that rests is saved as well
     weights = {}
