@@ -62,7 +62,9 @@ def whole_weights(model) -> dict[str, torch.Tensor]:
 def make_trainer(output_dir, layout="sharded", plugin=None, config=None, arguments=None, callbacks=(), wrap=None):
     """On however many ranks this is called, with the same samples in every step."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    LocMoePlugin(layout=layout, **{"slices": "1", **(plugin or {})}).activate()  # "auto" depends on what is measured
+    in_background = os.environ.get("LOCMOE_ASYNC_SAVE") == "1"
+    fixed = {"slices": "1", "async_save": in_background}  # "auto" depends on what is measured
+    LocMoePlugin(layout=layout, **{**fixed, **(plugin or {})}).activate()
     set_seed(3)
     model = AutoModelForCausalLM.from_config(config or tiny_config(**STATEFUL))
     model = wrap(model) if wrap else model

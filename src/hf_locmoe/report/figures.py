@@ -101,9 +101,10 @@ def capacity_against_angle(facts: dict[str, Any], cosines: dict[int, float]) -> 
         axes.plot(x, heights, "o", color=RED, markersize=5, zorder=4, label="measured, one point a layer")
         extremes = min(measured.values()), max(measured.values())
         for (layer, value), at, height in zip(measured.items(), x.tolist(), heights.tolist()):
-            if value in extremes:
+            if value in extremes:  # on either side of the curve, where they do not meet
+                offset, side = ((5, 5), "left") if value == extremes[0] else ((-5, -11), "right")
                 axes.annotate(
-                    f"layer {layer}", (at, height), (5, 5), textcoords="offset points", fontsize=8, color=RED
+                    f"layer {layer}", (at, height), offset, textcoords="offset points", ha=side, fontsize=8, color=RED
                 )
     axes.set_yscale("log")
     axes.set_xlabel("angle between token and gate weight, degrees")

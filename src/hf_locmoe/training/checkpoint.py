@@ -15,6 +15,7 @@ everything is written (see `checkpoint_folder`), so a run may be killed at any m
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import tempfile
 import threading
@@ -99,6 +100,19 @@ class LocMoeTrainer(Trainer):
             placement.place_experts_if_due(self.model, self.optimizer, self.state.global_step)
             batches = placement.place(batches)
         return batches, num_items_in_batch
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns  # type: ignore[has-type]
+        if (column := _domain_column()) is not None and column not in columns:
+            columns.append(column)
+
+    def _prepare_inputs(self, inputs):
+        column = _domain_column()
+        if column in inputs and column not in inspect.signature(self.model.forward).parameters:
+            # it has told the placement what it says and is nothing to the model
+            inputs = {name: value for name, value in inputs.items() if name != column}
+        return super()._prepare_inputs(inputs)
 
     def batch_placement(self) -> BatchPlacement | None:
         """The run's placement of batches and its statistics; None where there is nothing to place. All ranks call it."""
@@ -366,6 +380,12 @@ class LocMoeTrainer(Trainer):
         """Whether this class saves and resumes; otherwise transformers' Trainer does."""
         alone = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         return self.is_distributed_loading_by_transformers or alone
+
+
+def _domain_column() -> str | None:
+    """The column of a run's batches that names domains."""
+    run = current_parallel_run()
+    return None if run is None else run.locality.domain_column
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

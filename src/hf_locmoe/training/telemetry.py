@@ -323,7 +323,8 @@ class RoutingStatsCallback(TrainerCallback):
         if not summary["forwards"]:
             return {}
         config, layers = self._router_model.config, summary["layers"]
-        metrics = _logged_metrics(summary["overall"], config)
+        has_remote_tier = any(block.remote_tier is not None for block in self._router_model.sparse_blocks)
+        metrics = _logged_metrics(summary["overall"], config, has_remote_tier)
         capacity = _capacity_factor(self._router_model, summary["tokens"] / summary["forwards"])
         if capacity is not None:
             metrics["routing/capacity"] = capacity
@@ -359,13 +360,13 @@ def _has_router_state(config) -> bool:
     return config.balance_bias_update_rate > 0 or config.gate_centering or config.capacity_mode == "critical"
 
 
-def _logged_metrics(overall: dict[str, float], config) -> dict[str, float]:
+def _logged_metrics(overall: dict[str, float], config, has_remote_tier: bool) -> dict[str, float]:
     """What the Trainer's log gets: without what this config leaves constant, with one load-balancing loss."""
     metrics = {"router_aux_loss": overall["routing/aux_loss"], **overall}
     del metrics["routing/aux_loss"]
     if config.gate_type == "hash":  # has no weights to be at an angle with
         del metrics["routing/cosine"]
-    if config.capacity_overflow != "next_best":
+    if config.capacity_overflow != "next_best" and not has_remote_tier:
         del metrics["routing/reroute_rate"]
     return metrics
 

@@ -196,6 +196,18 @@ def test_names_follow_the_config(tmp_path):
     assert not {"routing/cosine", "routing/capacity", "routing/reroute_rate"} & set(log)
 
 
+def test_what_the_remote_tier_turned_back_is_logged(tmp_path):
+    model = _model()
+    model.limit_inter_node(torch.tensor([[True] * 2 + [False] * 2] * NUM_LAYERS), 0.0)
+    trainer = _trainer(model, tmp_path)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    (record, *_) = read_records(tmp_path)
+    remote = [sum(layer["load"][2:]) for layer in record["layers"]]
+    assert log["routing/reroute_rate"] == pytest.approx(sum(remote) / NUM_LAYERS, abs=1e-5)
+    assert log["routing/reroute_rate"] > 0.1
+
+
 def test_evaluation_covers_all_of_the_set_and_nothing_else(tmp_path):
     model, rows = _model(), _dataset(7, seed=1)
     trainer = _trainer(model, tmp_path, evaluation=rows)
