@@ -48,11 +48,12 @@ test-slow: $(ENV) ## the tests that take longer
 test-multiprocess: $(ENV) ## all tests that start several processes, eight and more ranks included
 	$(PYTEST) -m "(multiprocess or many_ranks) and not gpu and not cluster" $(ARGS)
 
-test-gpu: $(ENV) ## the tests that need a CUDA device
-	$(PYTEST) -m "gpu and not multigpu" $(ARGS)
+# Their files alone are collected: others import what a GPU machine may lack. Compiling kernels is what takes the time.
+test-gpu: $(ENV) ## the tests that need a CUDA device, compiling kernels on up to 16 cores
+	$(PYTEST) -n logical --maxprocesses=16 --dist=worksteal -m "gpu and not multigpu" $$(grep -rlE "mark\.gpu" --include="test_*.py" tests) $(ARGS)
 
 test-multigpu: $(ENV) ## the tests that need several CUDA devices
-	$(PYTEST) $(WORKERS) -m multigpu $(ARGS)
+	$(PYTEST) -n logical --maxprocesses=8 --dist=worksteal -m multigpu $$(grep -rlE "mark\.multigpu" --include="test_*.py" tests) $(ARGS)
 
 test-cluster: $(ENV) ## the tests on an emulated cluster (root and iproute2)
 	$(PYTEST) -m cluster $(ARGS)

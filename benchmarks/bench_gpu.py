@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The single-GPU benchmarks: `--parts block gate model compiled inference`, all by default."""
+"""The single-GPU benchmarks: `--parts block gate model mixtral compiled inference`, all by default."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 from benchmarks.gpu_block import bench_block
 from benchmarks.gpu_gate import bench_gate
-from benchmarks.gpu_model import bench_compiled, bench_inference, bench_model
+from benchmarks.gpu_inference import bench_inference
+from benchmarks.gpu_model import bench_compiled, bench_mixtral, bench_model
 from benchmarks.record import RESULTS
 
 
@@ -20,6 +21,7 @@ PARTS = {
     "block": bench_block,
     "gate": bench_gate,
     "model": bench_model,
+    "mixtral": bench_mixtral,
     "compiled": bench_compiled,
     "inference": bench_inference,
 }

@@ -12,16 +12,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import hashlib
+import json
 import math
+import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.cluster import Link
 from benchmarks.locality_data import load, prepare
-from benchmarks.locality_jobs import Plan, devices, pack, run_jobs, write_results
+from benchmarks.locality_jobs import Plan, devices, pack, run_jobs, unpack, write_results
+from benchmarks.locality_measure import LEARNING_RATE, TEXT_SEED, measure, truth, variants, worker
+from benchmarks.locality_report import measured_record, measured_rows, qualities, training_record
 from benchmarks.locality_rows import ROUTINGS, Setup, Topology, jobs
 from benchmarks.record import Load, commit, hardware, versions
 
@@ -39,6 +46,7 @@ MEASURED = (
     "loss 0.1 to the aim + batches",
     "all local",
 )
+WIRE_ROWS = ("hash", "loss + batches + experts + tiers", "all local")
 TRAINED = "locality_trained.json"
 
 
@@ -68,6 +76,7 @@ def train_part(args: argparse.Namespace, started_s: float) -> int:
         "hardware": hardware(),
         "versions": versions(),
         "commit": commit(),
+        "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
         "load": busy.result(),
         "setup": dataclasses.asdict(setup) | {"steps": decided["steps"]},
         "decided": decided,
@@ -83,6 +92,52 @@ def train_part(args: argparse.Namespace, started_s: float) -> int:
         print(text, file=sys.stderr)
     print(f"{len(results)} rows, {len(failed)} failed, {time.monotonic() - started_s:.0f} s: {args.trained}")
     return 1 if failed else 0
+
+
+def measure_part(args: argparse.Namespace, argv: list[str]) -> int:
+    """Measures the trained rows on the emulated cluster and writes the tables; with `--dry`, prints them."""
+    trained = json.loads((args.trained / TRAINED).read_text())
+    topologies = [Topology.parse(text) for text in args.topologies]
+    links = [Link(rate) for rate in args.links]
+    command = " ".join(["python -m benchmarks.bench_locality", *argv])
+    where = {"directory": args.output} if args.output else {}
+    record = training_record(trained, topologies)
+    print(record.table())
+    if not args.dry:
+        print(record.write(args.trained_on, **where, about=trained))
+    runs = unpack(args.trained)
+    is_right = True
+    for topology in topologies:
+        kept = [name for name in MEASURED if name in args.rows and f"{topology} {name}" in runs]
+        found = qualities(trained["results"], topology)
+        chosen = variants(kept, [name for name in kept if name in args.wire_rows])
+        setup = Setup(**runs[f"{topology} {kept[0]}"]["setup"])
+        part = load(args.data, setup.sequence_length)["train"]
+        first = part.input_ids[part.batches(setup.sequences, 1, TEXT_SEED)[0]].long()
+        truths = {name: truth(runs[f"{topology} {name}"], ROUTINGS[name], first) for name in kept}
+        with Load() as busy:
+            measured = measure(topology, chosen, links, args.trained, args.data, args.warmup, args.repeats)
+        shares = {name: runs[f"{topology} {name}"]["result"]["local_share"] for name in kept}
+        table = measured_rows(chosen, links, measured, truths, found, args.warmup, shares)
+        config = {
+            **dataclasses.asdict(setup),
+            "nodes": topology.nodes,
+            "ranks_per_node": topology.ranks_per_node,
+            "links": [str(link) for link in links],
+            "warmup": args.warmup,
+            "repeats": args.repeats,
+            "learning_rate": LEARNING_RATE,
+            "trained_at": trained["commit"],
+            "cores": os.cpu_count(),
+        }
+        record = measured_record(
+            topology, links, table, found, trained, config, command, busy.result(), {"truth": truths, **measured}
+        )
+        print(record.table(), *record.notes, sep="\n")
+        is_right = is_right and all(row["correct"] for row in table)
+        if not args.dry:
+            print(record.write(args.hardware, **where))
+    return 0 if is_right else 1
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -101,6 +156,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget-s", type=float, help="seconds for the training part; fewer steps where they do not fit"
     )
+    parser.add_argument("--links", nargs="+", default=["200mbit", "1gbit"])
+    parser.add_argument(
+        "--wire-rows", nargs="+", default=WIRE_ROWS, help="rows measured with bfloat16 on the wire, too"
+    )
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--hardware", default=f"emulated-{os.cpu_count()}core", help="part of the results' file name")
+    parser.add_argument("--trained-on", default="h100", help="part of the file name of what was trained")
+    parser.add_argument("--output", type=Path, help="directory of the results (default: benchmarks/results)")
+    parser.add_argument("--dry", action="store_true", help="measuring part: print, write nothing")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
     for field in dataclasses.fields(Setup):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     return parser.parse_args(argv)
@@ -109,9 +176,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     started_s = time.monotonic()
     args = parse(argv)
+    if args.worker:
+        worker(json.loads(args.job), args.worker)
+        return 0
+    # so that the cluster is removed after a SIGTERM as it is after Ctrl-C
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     status = 0
     if "train" in args.parts:
         status = train_part(args, started_s)
+    if "measure" in args.parts and not status:
+        status = measure_part(args, argv if argv is not None else sys.argv[1:])
     return status
 
 

@@ -191,10 +191,11 @@ class Record:
         ]
         return "\n\n".join(parts) + "\n"
 
-    def write(self, hardware_name: str, directory: Path = RESULTS) -> Path:
-        """Write both files and return the markdown's path. `hardware_name` is short, like `4core-2x2`."""
+    def write(self, hardware_name: str, directory: Path = RESULTS, about: dict[str, Any] | None = None) -> Path:
+        """Write both files and return the markdown's path. `hardware_name` is short, like `4core-2x2`; `about` is what
+        was found out where it was measured (`date`, `commit`, `hardware`, `versions`), if not here and now."""
         today = datetime.datetime.now(datetime.timezone.utc).date()
-        about = {"date": str(today), "commit": commit(), "hardware": hardware(), "versions": versions()}
+        about = about or {"date": str(today), "commit": commit(), "hardware": hardware(), "versions": versions()}
         stem = directory / f"{self.theme}_{hardware_name}_{today:%Y%m}"
         directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**about, **asdict(self)}, indent=1)

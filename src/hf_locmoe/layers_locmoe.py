@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_locmoe import LocMoeConfig
 from .moe.baseline_gates import HashGate, SwitchGate
@@ -24,6 +24,8 @@ from .moe.experts import LocMoeExperts, LocMoeGatedExperts
 from .moe.gate import LocMoeGate
 from .moe.overflow import CapacityRule, RemoteTier, limit_to_capacity
 from .moe.routing import Router, router_statistics
+from .norm_locmoe import LocMoeRMSNorm
+from .rotary_locmoe import apply_rotary
 
 
 GATES: dict[str, type[Router]] = {"locmoe": LocMoeGate, "switch": SwitchGate, "hash": HashGate}
@@ -79,20 +81,21 @@ class LocMoeSparseMoeBlock(nn.Module):
             index, weights, dropped, rerouted = limit_to_capacity(
                 wanted, weights, logits, capacity, self.capacity_overflow, token_mask, remote_tier
             )
+        statistics: tuple[torch.Tensor, ...] = ()
+        if output_router_stats:  # before the experts, the last of which nothing has to be computed again for
+            quantile = self.capacity_rule.quantile if self.capacity_rule.measures_cosines else None
+            statistics = (
+                router_statistics(self.gate, tokens, logits, wanted, token_mask, dropped, rerouted, quantile, *summed),
+            )
+            if getattr(self.gate, "uses_centering", False):
+                with torch.no_grad():
+                    counted = tokens.float() if token_mask is None else tokens.float() * token_mask.unsqueeze(-1)
+                    statistics = (*statistics, counted.sum(dim=0))
         self.experts.expert_capacity = capacity
         output = self.experts(tokens, index, weights.to(tokens.dtype))
         if self.shared_experts is not None:
             output = output + self.shared_experts(tokens)
-        output = output.view_as(hidden_states)
-        if not output_router_stats:
-            return (output,)
-        quantile = self.capacity_rule.quantile if self.capacity_rule.measures_cosines else None
-        stats = router_statistics(self.gate, tokens, logits, wanted, token_mask, dropped, rerouted, quantile, *summed)
-        if not getattr(self.gate, "uses_centering", False):
-            return output, stats
-        with torch.no_grad():
-            counted = tokens.float() if token_mask is None else tokens.float() * token_mask.unsqueeze(-1)
-            return output, stats, counted.sum(dim=0)
+        return output.view_as(hidden_states), *statistics
 
 
 class LocMoeAttention(nn.Module):
@@ -115,8 +118,8 @@ class LocMoeAttention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
         if config.qk_norm is not None:
             per_head = config.qk_norm == "head"
-            self.q_norm = LlamaRMSNorm(self.head_dim if per_head else query_size, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim if per_head else key_value_size, eps=config.rms_norm_eps)
+            self.q_norm = LocMoeRMSNorm(self.head_dim if per_head else query_size, eps=config.rms_norm_eps)
+            self.k_norm = LocMoeRMSNorm(self.head_dim if per_head else key_value_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -138,7 +141,7 @@ class LocMoeAttention(nn.Module):
         if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = apply_rotary(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -173,8 +176,8 @@ class LocMoeDecoderLayer(GradientCheckpointingLayer):
         self.mlp = (
             LocMoeSparseMoeBlock(config, layer_idx) if self.is_sparse else LocMoeMLP(config, config.intermediate_size)
         )
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = LocMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LocMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -24,10 +25,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -35,11 +33,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_locmoe import LocMoeConfig
 from .distributed.router_scope import RouterScope
 from .layers_locmoe import LocMoeAttention, LocMoeDecoderLayer, LocMoeSparseMoeBlock
+from .loss_locmoe import causal_lm_loss
 from .moe.baseline_gates import HashGate, SwitchGate
 from .moe.experts import LocMoeExperts, LocMoeGatedExperts
 from .moe.losses import load_balancing_loss, locality_loss
 from .moe.overflow import CapacityRule, RemoteTier
 from .moe.routing import Router, RouterStat
+from .norm_locmoe import LocMoeRMSNorm
 from .pretrained_io import SafePretrainedMixin
 
 
@@ -234,7 +234,7 @@ class LocMoeModel(LocMoePreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(LocMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = LocMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.router_scope = RouterScope()
@@ -373,7 +373,9 @@ class LocMoeForCausalLM(LocMoePreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            # the user's own where one is set
+            loss_function = causal_lm_loss if self.loss_function is ForCausalLMLoss else self.loss_function
+            loss = loss_function(logits, labels, self.vocab_size, **kwargs)
 
         router_aux_loss = locality = None
         if outputs.router_stats is not None:

@@ -330,8 +330,6 @@ def model_size(model_class: type, config: Any) -> ModelSize:
 
 def join_run(model: Any) -> None:
     """What a sharded model has to know of the run: whose router statistics it shares, and which experts are near."""
-    # It is sharded: `Accelerator.prepare` leaves it as it is, where it would wrap it in DDP and fail.
-    model._is_accelerate_prepared = True
     base_model = model.base_model
     if not hasattr(base_model, "router_scope"):
         return

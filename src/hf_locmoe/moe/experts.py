@@ -18,6 +18,7 @@ from .overflow import position_in_expert
 
 try:
     from .kernels import ACTIVATIONS, combine_rows, gather_rows, weighted_activation
+    from .layout_kernels import rows_by_capacity, rows_by_expert
 except ImportError:  # no Triton
     ACTIVATIONS = {}
 
@@ -103,17 +104,66 @@ class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         rows, weight, offsets = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_rows = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = _by_expert(grad, weight, offsets)
-        if ctx.needs_input_grad[1]:
-            if offsets is None:
-                by_expert = (weight.shape[0], rows.shape[0] // weight.shape[0])
-                grad_weight = torch.bmm(grad.unflatten(0, by_expert).transpose(1, 2), rows.unflatten(0, by_expert))
-            else:
-                grad_weight = torch.nn.functional.grouped_mm(grad.T, rows, offs=offsets)
-        return grad_rows, grad_weight, None
+        return *_linear_gradients(grad.contiguous(), rows, weight, offsets, *ctx.needs_input_grad[:2]), None
+
+
+class _ResultToCome(torch.autograd.Function):
+    """
+    The last projection and the sum over each token's choices, in the graph before they are computed: the result's shape
+    with nothing in it. What their gradient needs is saved here, so the recomputation of activation checkpointing, which
+    ends once it has seen all that was saved, does not repeat the product. [`_Result`] has the values.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, weight, offsets, row_of_choice, choice_of_row):
+        ctx.save_for_backward(rows, weight, offsets, row_of_choice, choice_of_row)
+        return rows.new_empty(()).expand(row_of_choice.shape[0], weight.shape[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight, offsets, row_of_choice, choice_of_row = ctx.saved_tensors
+        grad = gather_rows(grad, choice_of_row, row_of_choice)
+        return *_linear_gradients(grad, rows, weight, offsets, *ctx.needs_input_grad[:2]), None, None, None
+
+
+class _Result(torch.autograd.Function):
+    """The values of a result to come, which takes the gradient as it is."""
+
+    @staticmethod
+    def forward(ctx, to_come, rows, weight, offsets, row_of_choice, choice_of_row):
+        return combine_rows(_by_expert(rows, weight.transpose(1, 2), offsets), row_of_choice, choice_of_row)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None, None, None, None
+
+
+def _project(rows, weight, offsets):
+    if not torch.is_grad_enabled():
+        return _by_expert(rows, weight.transpose(1, 2), offsets)
+    return _ExpertLinear.apply(rows, weight, offsets)
+
+
+def _project_and_combine(rows, weight, offsets, row_of_choice, choice_of_row):
+    # the compiler decides by itself what to recompute
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return combine_rows(_project(rows, weight, offsets), row_of_choice, choice_of_row)
+    rest = (offsets, row_of_choice, choice_of_row)
+    to_come = _ResultToCome.apply(rows, weight, *rest)
+    return _Result.apply(to_come, rows.detach(), weight.detach(), *rest)
+
+
+def _linear_gradients(grad, rows, weight, offsets, for_rows, for_weight):
+    grad_rows = grad_weight = None
+    if for_rows:
+        grad_rows = _by_expert(grad, weight, offsets)
+    if for_weight:
+        if offsets is None:
+            by_expert = (weight.shape[0], rows.shape[0] // weight.shape[0])
+            grad_weight = torch.bmm(grad.unflatten(0, by_expert).transpose(1, 2), rows.unflatten(0, by_expert))
+        else:
+            grad_weight = torch.nn.functional.grouped_mm(grad.T, rows, offs=offsets)
+    return grad_rows, grad_weight
 
 
 def _by_expert(rows, weight, offsets):
@@ -163,16 +213,16 @@ def capacity_bmm_experts_forward(
 
 def _fused_forward(self, hidden_states, top_k_index, top_k_weights, capacity, dtype):
     if capacity is None:
-        row_of_choice, choice_of_row, offsets = _rows_by_expert(top_k_index, self.num_experts)
+        row_of_choice, choice_of_row, offsets = rows_by_expert(top_k_index, self.num_experts)
     else:
-        row_of_choice, choice_of_row = _rows_by_capacity(top_k_index, top_k_weights, self.num_experts, capacity)
+        row_of_choice, choice_of_row = rows_by_capacity(top_k_index, top_k_weights, self.num_experts, capacity)
         offsets = None
     rows = gather_rows(hidden_states.to(dtype), choice_of_row, row_of_choice)
-    inner = _ExpertLinear.apply(rows, _first_weight(self).to(dtype), offsets)
+    inner = _project(rows, _first_weight(self).to(dtype), offsets)
     activation = ACTIVATIONS[self.config.hidden_act]
     inner = weighted_activation(inner, top_k_weights, choice_of_row, activation, self.has_gate)
-    outer = _ExpertLinear.apply(inner, self.down_proj.to(dtype), offsets)
-    return combine_rows(outer, row_of_choice, choice_of_row).to(hidden_states.dtype)
+    output = _project_and_combine(inner, self.down_proj.to(dtype), offsets, row_of_choice, choice_of_row)
+    return output.to(hidden_states.dtype)
 
 
 def _compute_dtype(self, hidden_states):
@@ -217,17 +267,6 @@ def _rows_by_capacity(top_k_index, top_k_weights, num_experts, capacity):
     choice = torch.arange(num_tokens * top_k, device=row.device)
     choice_of_row = choice.new_full((spare + 1,), -1).scatter_(0, row.reshape(-1), choice)[:-1]
     return row.masked_fill(~fits, -1), choice_of_row
-
-
-def _rows_by_expert(top_k_index, num_experts):
-    """As [`_rows_by_capacity`], with as many rows for an expert as it has assignments; and where each expert's end, int32."""
-    # a radix sort takes time by the width of its keys
-    expert, choice = top_k_index.reshape(-1).to(torch.int32).sort(stable=True)
-    ids = torch.arange(num_experts, dtype=torch.int32, device=expert.device)
-    offsets = torch.searchsorted(expert, ids, right=True, out_int32=True)
-    row = torch.arange(expert.shape[0], device=expert.device).masked_fill(expert >= num_experts, -1)
-    row_of_choice = torch.empty_like(row).scatter_(0, choice, row).view_as(top_k_index)
-    return row_of_choice, choice.masked_fill(expert >= num_experts, -1), offsets
 
 
 def _with_zero_row(rows: torch.Tensor) -> torch.Tensor:

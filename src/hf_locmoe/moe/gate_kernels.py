@@ -22,6 +22,7 @@ from .gate_jit_kernels import (
     sum_blocks_kernel,
     sum_statistics_kernel,
 )
+from .kernels import choose, needs_operator
 
 
 _TILE = 4096  # elements of the hidden states that a program holds
@@ -77,7 +78,6 @@ def _backward_layout(num_tokens: int, d: int, n: int) -> dict[str, int]:
     return {"CHUNK": chunk, "N_PAD": padded, "TOKENS": tokens, "VECTORS": vectors, "WIDTH": width}
 
 
-@torch.library.custom_op("hf_locmoe::route_pooled", mutates_args=())
 def _route(
     hidden_states: Tensor,
     bias: Tensor | None,
@@ -189,12 +189,14 @@ def _empty_outputs(hidden_states, num_experts, top_k, cosine, sample_stride):
     return logits, weights, index, norm, stats
 
 
-@_route.register_fake
+_route_op = torch.library.custom_op("hf_locmoe::route_pooled", _route, mutates_args=())
+
+
+@_route_op.register_fake
 def _(hidden_states, bias, noise, token_mask, num_experts, top_k, cosine, relu, norm_topk_prob, sample_stride):
     return _empty_outputs(hidden_states, num_experts, top_k, cosine, sample_stride)
 
 
-@torch.library.custom_op("hf_locmoe::route_pooled_backward", mutates_args=())
 def _route_backward(
     grad_logits: Tensor | None,
     grad_weights: Tensor | None,
@@ -247,7 +249,10 @@ def _route_backward(
     return grad_hidden
 
 
-@_route_backward.register_fake
+_route_backward_op = torch.library.custom_op("hf_locmoe::route_pooled_backward", _route_backward, mutates_args=())
+
+
+@_route_backward_op.register_fake
 def _(
     grad_logits,
     grad_weights,
@@ -274,11 +279,21 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_logits, grad_weights, _, __, grad_stats):
-    grad = _route_backward(grad_logits, grad_weights, grad_stats, *ctx.saved_tensors, *ctx.options)
+    hidden_states, *saved = ctx.saved_tensors
+    call = _route_backward_op if needs_operator(hidden_states) else _route_backward
+    grad = call(grad_logits, grad_weights, grad_stats, hidden_states, *saved, *ctx.options)
     return grad, *[None] * 9
 
 
-_route.register_autograd(_backward, setup_context=_save)
+_route_op.register_autograd(_backward, setup_context=_save)
+
+
+class _Route(torch.autograd.Function):
+    forward, setup_context, backward = (staticmethod(f) for f in (_route, _save, _backward))
+
+
+def _call(hidden_states, *arguments):
+    return choose(hidden_states, _route_op, _Route, _route)(hidden_states, *arguments)
 
 
 def pool_affinity(hidden_states: Tensor, num_experts: int, cosine: bool) -> Tensor:
@@ -294,7 +309,7 @@ def pool_affinity(hidden_states: Tensor, num_experts: int, cosine: bool) -> Tens
     Returns:
         `torch.Tensor` of shape `(T, n)`, float32.
     """
-    return _route(hidden_states, None, None, None, num_experts, 0, cosine, False, False, 0)[0]
+    return _call(hidden_states, None, None, None, num_experts, 0, cosine, False, False, 0)[0]
 
 
 def route_pooled(
@@ -327,7 +342,7 @@ def route_pooled(
         [`~hf_locmoe.moe.routing.router_statistics`] without drops and quantile, `(0, n)` if there are to be none. Of the
         statistics, `PROB_SUM` alone carries a gradient.
     """
-    logits, weights, index, _, stats = _route(
+    logits, weights, index, _, stats = _call(
         hidden_states, bias, noise, token_mask, num_experts, top_k, cosine, relu, norm_topk_prob, sample_stride
     )
     return logits, weights, index, stats

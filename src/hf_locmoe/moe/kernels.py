@@ -3,7 +3,8 @@
 Triton kernels for the expert computation: laying tokens out by expert, the weighted activation, adding results up.
 
 Importing this file needs Triton; callers fall back to plain torch where it is missing. Each kernel is a custom operator
-with a gradient, so torch.compile takes them as they are. Sums are made in float32 whatever the dtype of the tensors.
+with a gradient, so torch.compile takes them as they are; in eager mode it is called past the operator, whose cost on the host
+is a multiple of a launch's. Sums are made in float32 whatever the dtype of the tensors.
 
 The routing weight multiplies the activation instead of the expert's output: the same product, since the second projection
 is linear, and its gradient is then a by-product of the activation's, without another pass over the outputs.
@@ -132,9 +133,35 @@ def _activate_backward_kernel(
     tl.store(grad_weights + choice, tl.sum(dot, axis=0).to(grad_weights.dtype.element_ty), mask=used)
 
 
-@torch.library.custom_op("hf_locmoe::gather_rows", mutates_args=())
+def needs_operator(tensor: Tensor) -> bool:
+    """Whether a kernel has to be called as the operator that the compiler and fake tensors know."""
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor
+
+
+def choose(tensor: Tensor, operator, function: type[torch.autograd.Function], plain):
+    """Of the forms of a kernel the cheapest for the host that serves: operator, with a gradient, without."""
+    if needs_operator(tensor):
+        return operator
+    return function.apply if torch.is_grad_enabled() else plain
+
+
 def gather_rows(source: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
     """(T, d) tokens to the (R, d) rows of their choices; empty rows are zeros."""
+    return choose(source, _gather_op, _Gather, _gather)(source, choice_of_row, row_of_choice)
+
+
+def combine_rows(rows: Tensor, row_of_choice: Tensor, choice_of_row: Tensor) -> Tensor:
+    """(R, d) rows to the (T, d) sums over each token's choices."""
+    return choose(rows, _combine_op, _Combine, _combine)(rows, row_of_choice, choice_of_row)
+
+
+def weighted_activation(inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool) -> Tensor:
+    """(R, f) or, gated, (R, 2 f) first projections and (T, k) weights to (R, f): activation times the row's weight."""
+    call = choose(inner, _activate_op, _Activate, _activate)
+    return call(inner, weights, choice_of_row, activation, gated)
+
+
+def _gather(source: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
     source = source.contiguous()
     width, num_rows = source.shape[-1], choice_of_row.shape[0]
     rows = source.new_empty((num_rows, width))
@@ -143,9 +170,7 @@ def gather_rows(source: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) ->
     return rows
 
 
-@torch.library.custom_op("hf_locmoe::combine_rows", mutates_args=())
-def combine_rows(rows: Tensor, row_of_choice: Tensor, choice_of_row: Tensor) -> Tensor:
-    """(R, d) rows to the (T, d) sums over each token's choices."""
+def _combine(rows: Tensor, row_of_choice: Tensor, choice_of_row: Tensor) -> Tensor:
     rows = rows.contiguous()
     width, (num_tokens, top_k) = rows.shape[-1], row_of_choice.shape
     output = rows.new_empty((num_tokens, width))
@@ -155,9 +180,7 @@ def combine_rows(rows: Tensor, row_of_choice: Tensor, choice_of_row: Tensor) -> 
     return output
 
 
-@torch.library.custom_op("hf_locmoe::weighted_activation", mutates_args=())
-def weighted_activation(inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool) -> Tensor:
-    """(R, f) or, gated, (R, 2 f) first projections and (T, k) weights to (R, f): activation times the row's weight."""
+def _activate(inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool) -> Tensor:
     inner, weights = inner.contiguous(), weights.contiguous()
     num_rows, width = inner.shape[0], inner.shape[1] // (2 if gated else 1)
     output = inner.new_empty((num_rows, width))
@@ -167,8 +190,7 @@ def weighted_activation(inner: Tensor, weights: Tensor, choice_of_row: Tensor, a
     return output
 
 
-@torch.library.custom_op("hf_locmoe::weighted_activation_backward", mutates_args=())
-def _weighted_activation_backward(
+def _activate_backward(
     grad: Tensor, inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool
 ) -> tuple[Tensor, Tensor]:
     grad, inner, weights = grad.contiguous(), inner.contiguous(), weights.contiguous()
@@ -193,22 +215,30 @@ def _block(width: int) -> int:
     return min(_COLUMNS, triton.next_power_of_2(width))
 
 
-@gather_rows.register_fake
+_gather_op = torch.library.custom_op("hf_locmoe::gather_rows", _gather, mutates_args=())
+_combine_op = torch.library.custom_op("hf_locmoe::combine_rows", _combine, mutates_args=())
+_activate_op = torch.library.custom_op("hf_locmoe::weighted_activation", _activate, mutates_args=())
+_activate_backward_op = torch.library.custom_op(
+    "hf_locmoe::weighted_activation_backward", _activate_backward, mutates_args=()
+)
+
+
+@_gather_op.register_fake
 def _(source, choice_of_row, row_of_choice):
     return source.new_empty((choice_of_row.shape[0], source.shape[1]))
 
 
-@combine_rows.register_fake
+@_combine_op.register_fake
 def _(rows, row_of_choice, choice_of_row):
     return rows.new_empty((row_of_choice.shape[0], rows.shape[1]))
 
 
-@weighted_activation.register_fake
+@_activate_op.register_fake
 def _(inner, weights, choice_of_row, activation, gated):
     return inner.new_empty((inner.shape[0], inner.shape[1] // (2 if gated else 1)))
 
 
-@_weighted_activation_backward.register_fake
+@_activate_backward_op.register_fake
 def _(grad, inner, weights, choice_of_row, activation, gated):
     return inner.new_empty(inner.shape), weights.new_empty(weights.shape)
 
@@ -232,12 +262,26 @@ def _combine_backward(ctx, grad):
     return gather_rows(grad, choice_of_row, row_of_choice), None, None
 
 
-gather_rows.register_autograd(_gather_backward, setup_context=_save_indices)
-combine_rows.register_autograd(_combine_backward, setup_context=_save_indices)
-weighted_activation.register_autograd(
-    lambda ctx, grad: (*_weighted_activation_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None),
-    setup_context=_save_activation,
-)
+def _activation_backward(ctx, grad):
+    call = _activate_backward_op if needs_operator(grad) else _activate_backward
+    return *call(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-__all__ = ["ACTIVATIONS", "combine_rows", "gather_rows", "weighted_activation"]
+_gather_op.register_autograd(_gather_backward, setup_context=_save_indices)
+_combine_op.register_autograd(_combine_backward, setup_context=_save_indices)
+_activate_op.register_autograd(_activation_backward, setup_context=_save_activation)
+
+
+class _Gather(torch.autograd.Function):
+    forward, setup_context, backward = (staticmethod(f) for f in (_gather, _save_indices, _gather_backward))
+
+
+class _Combine(torch.autograd.Function):
+    forward, setup_context, backward = (staticmethod(f) for f in (_combine, _save_indices, _combine_backward))
+
+
+class _Activate(torch.autograd.Function):
+    forward, setup_context, backward = (staticmethod(f) for f in (_activate, _save_activation, _activation_backward))
+
+
+__all__ = ["ACTIVATIONS", "choose", "combine_rows", "gather_rows", "needs_operator", "weighted_activation"]

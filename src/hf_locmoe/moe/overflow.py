@@ -22,6 +22,12 @@ from .capacity import (
 from .routing import RouterStat, stable_top_k
 
 
+try:
+    from .layout_kernels import rank_in_expert
+except ImportError:  # no Triton
+    rank_in_expert = None
+
+
 class CapacityAssignment(NamedTuple):
     """`top_k_index` (T, k), `top_k_weights` (T, k) and which assignments were `dropped` or `rerouted` (T, k) boolean."""
 
@@ -39,13 +45,22 @@ def position_in_expert(expert_ids: torch.Tensor, num_experts: int) -> torch.Tens
         expert_ids (`torch.Tensor` of shape `(A,)`): Int64 in [0, num_experts]; `num_experts` stands for none.
 
     Returns:
-        `torch.Tensor` of shape `(A,)`, int64.
+        `torch.Tensor` of shape `(A,)`, int64; without meaning for those of none.
     """
+    if rank_in_expert is not None and expert_ids.is_cuda:
+        return rank_in_expert(expert_ids.unsqueeze(-1), num_experts, False).squeeze(-1)
     # a radix sort takes time by the width of its keys
     sorted_ids, order = expert_ids.to(torch.int32).sort(stable=True)
     starts = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, device=expert_ids.device))
     rank = torch.arange(expert_ids.shape[0], device=expert_ids.device) - starts[sorted_ids]
     return torch.empty_like(rank).scatter_(0, order, rank)
+
+
+def _position_of_choice(top_k_index: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """As [`position_in_expert`] for (T, k) assignments, all first choices before the second ones."""
+    if rank_in_expert is not None and top_k_index.is_cuda:
+        return rank_in_expert(top_k_index, num_experts, True)
+    return position_in_expert(top_k_index.T.reshape(-1), num_experts).view(top_k_index.T.shape).T
 
 
 class RemoteTier:
@@ -131,7 +146,6 @@ def limit_to_capacity(
         [`CapacityAssignment`].
     """
     num_tokens, num_experts = router_logits.shape
-    top_k = top_k_index.shape[1]
     wanted = top_k_index if token_mask is None else top_k_index.masked_fill(~token_mask.unsqueeze(-1), num_experts)
     is_real = wanted < num_experts
     stays_here = torch.zeros_like(is_real)
@@ -140,7 +154,7 @@ def limit_to_capacity(
     fits = is_real & ~stays_here
     if capacity is not None:
         asked = wanted.masked_fill(stays_here, num_experts)
-        position = position_in_expert(asked.T.reshape(-1), num_experts).view(top_k, num_tokens).T
+        position = _position_of_choice(asked, num_experts)
         fits = fits & (position < capacity)
     overflowing = is_real & ~fits
     rerouted = torch.zeros_like(fits)

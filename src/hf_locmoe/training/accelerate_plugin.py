@@ -41,7 +41,7 @@ class LocMoePlugin:
     ```python
     plugin = LocMoePlugin(ranks_per_node="8")
     plugin.activate()
-    accelerator = Accelerator()
+    accelerator = LocMoeAccelerator()
     model = AutoModelForCausalLM.from_pretrained(name)  # sharded
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     ```
@@ -150,7 +150,7 @@ class LocMoePlugin:
     def activate(self) -> None:
         """
         From here on, models that are built (`from_pretrained`, `from_config`) are spread over the ranks. Before
-        `Accelerator()` and before the model.
+        the accelerator and before the model.
         """
         if self.ranks_per_node is not None:
             os.environ[PREFIX + "RANKS_PER_NODE"] = str(self.ranks_per_node)

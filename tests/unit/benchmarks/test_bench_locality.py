@@ -6,8 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.cluster import Link
 from benchmarks.locality_data import cut
 from benchmarks.locality_jobs import compressed, pack, restored, steps_within, unpack
+from benchmarks.locality_measure import Variant, merge, permuted, rank_of_expert, variants
+from benchmarks.locality_report import best_row, measured_rows, qualities, verdicts
 from benchmarks.locality_rows import AIMS, COSINE, MU, ROUTINGS, Routing, Setup, Topology, jobs
 from benchmarks.locality_train import Nodes, TiersOfAllRanks, Training, load_cv
 from hf_locmoe.moe.losses import locality_loss
@@ -196,3 +199,125 @@ def test_forced_all_local_keeps_every_token_on_its_node():
     assert job.is_led
     result = Training(job, SMALL, text(), "cpu").run().results[0]
     assert result["local_share"] == 1.0 and result["rerouted"] > 0.3 and result["dropped"] == 0.0
+
+
+# ---- measured -------------------------------------------------------------------------------------------------------
+
+
+def test_a_nodes_experts_are_held_in_their_order_rank_after_rank():
+    nodes = torch.tensor([[1, 0, 0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1, 1]])
+    ranks = rank_of_expert(nodes, TWO)
+    assert ranks.tolist() == [[2, 0, 0, 2, 1, 3, 3, 1], [0, 0, 1, 1, 2, 2, 3, 3]]
+    assert torch.equal(ranks // 2, nodes)
+    state = {
+        "model.layers.0.mlp.experts.up_proj": torch.arange(8.0).view(8, 1, 1),
+        "model.layers.1.mlp.experts.up_proj": torch.arange(8.0).view(8, 1, 1),
+        "model.norm.weight": torch.ones(3),
+    }
+    moved = permuted(state, ranks.argsort(dim=1, stable=True))
+    # what contiguous ranks load is what the table says that they hold
+    assert moved["model.layers.0.mlp.experts.up_proj"].flatten().tolist() == [1, 2, 4, 7, 0, 3, 5, 6]
+    assert torch.equal(moved["model.layers.1.mlp.experts.up_proj"], state["model.layers.1.mlp.experts.up_proj"])
+    assert moved["model.norm.weight"] is state["model.norm.weight"]
+
+
+def test_variants_have_names_of_their_own_and_what_a_user_would_set():
+    chosen = variants(["hash", "loss + batches", "all local"], ["hash"])
+    names = [variant.name for variant in chosen]
+    assert len(set(names)) == len(names) and "hash, bfloat16 on the wire" in names and names[-1] == "alone"
+    assert sum(variant.is_upstream for variant in chosen) == 3
+    plugin = Variant("all local").plugin(TWO)
+    assert (plugin.layout, plugin.batch_placement, plugin.inter_node_capacity_factor) == ("spread", "micro_batch", 0.0)
+    assert not Variant("all local").is_checked and Variant("loss + batches").is_checked
+    assert Variant("loss + batches", "sharded", "all_to_all").plugin(TWO).batch_placement == "off"
+
+
+def test_merging_ranks():
+    ranks = [
+        {
+            "x": {
+                "seconds": [1.0 + r],
+                "sent": [10 * r],
+                "loss": [float(r)],
+                "share": [0.5],
+                "cv": [0.0],
+                "turned": [0.0],
+            }
+        }
+        for r in range(4)
+    ]
+    found = merge("x", ranks, TWO)
+    assert found["seconds"] == [4.0] and found["sent"] == [20] and found["loss"] == [1.5]
+
+
+def results(**by_row):
+    """Share and validation losses of two seeds."""
+    return [
+        {"routing": name, "topology": "2x2", "seed": seed, "local_share": share, "validation_loss": loss}
+        | {"load_cv": 0.1, "rank_load_cv": 0.1, "dropped": 0.0, "rerouted": 0.0}
+        for name, (share, losses) in by_row.items()
+        for seed, loss in enumerate(losses)
+    ]
+
+
+RESULTS = results(
+    **{
+        "none": (0.5, [3.0, 3.1]),
+        "hash": (0.5, [3.3, 3.3]),
+        "loss + batches": (0.8, [3.0, 3.11]),
+        "loss 0.1 + batches": (0.9, [3.1, 3.2]),
+        "all local": (1.0, [3.0, 3.1]),
+    }
+)
+
+
+def test_differences_are_paired_by_seed_with_the_same_gate():
+    found = qualities(RESULTS, TWO)
+    assert found["loss + batches"].differences == pytest.approx([0.0, 0.01])
+    assert found["loss + batches"].standard_error == pytest.approx(0.005)
+    assert found["hash"].differences == [0.0, 0.0]
+    assert qualities(RESULTS, FOUR) == {}
+    # the larger share costs too much, the limit and the reference are no candidates
+    assert best_row(found, list(found), TWO) == "loss + batches"
+    assert best_row(found, ["loss 0.1 + batches", "hash"], TWO) == "loss 0.1 + batches"
+
+
+def measured(seconds: float, loss: float = 3.0, share: float = 0.8) -> dict:
+    # the first step is warm-up and slow
+    return {
+        "seconds": [99.0] + [seconds] * 3,
+        "sent": [1e9] + [20e6] * 3,
+        "loss": [loss] * 4,
+        "share": [share] * 4,
+        "cv": [0.1] * 4,
+        "turned": [0.0] * 4,
+    }
+
+
+def table_of(seconds: dict[str, float], losses: dict[str, float] | None = None):
+    links, found = [Link("200mbit")], qualities(RESULTS, TWO)
+    chosen = variants(["hash", "none", "loss + batches", "all local"], [])
+    by_name = {v.name: measured(seconds.get(v.name, 2.0), (losses or {}).get(v.name, 3.0)) for v in chosen}
+    truths = dict.fromkeys(("hash", "none", "loss + batches", "all local"), 3.0)
+    shares = {"loss + batches": 0.8}
+    rows = measured_rows(chosen, links, {"200mbit": by_name}, truths, found, 1, shares)
+    return {row["variant"]: row for row in rows}, verdicts(rows, found, TWO, links)
+
+
+def test_ratios_are_to_the_fastest_of_hash_switch_and_upstream_and_aims_are_judged():
+    rows, lines = table_of({"hash": 1.0, "loss + batches": 0.5, "all local": 0.4, "alone": 0.2})
+    row = rows["loss + batches"]
+    assert row["to baseline 200mbit"] == 0.5 and row["best baseline 200mbit"] == "hash"
+    assert row["to upstream 200mbit"] == 0.25 and row["sent 200mbit"] == 20.0 and row["share"] == pytest.approx(0.8)
+    text = " ".join(lines)
+    assert "aim 0.85: 0.800 trained" in text and "missed" in text
+    assert "50 % less time" in text and "aim 40 %: reached" in text
+    # of 0.8 s above computation 0.5 are saved, and the limit saves 0.6 of 1.0
+    assert "62 % are saved" in text and "save of a step is 60 %" in text
+    assert "disagree" not in text
+
+
+def test_a_row_with_another_loss_than_one_process_gets_no_speed_and_sets_no_standard():
+    rows, _ = table_of({"hash": 1.0, "loss + batches": 0.5}, {"hash": 3.001})
+    assert not rows["hash"]["correct"] and not [key for key in rows["hash"] if key.startswith("seconds")]
+    assert rows["loss + batches"]["to baseline 200mbit"] == 0.25

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of `bench_locality`: what was trained beside what was measured, and whether the aims are reached."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.cluster import Link
+from benchmarks.locality_measure import Variant
+from benchmarks.locality_rows import AIMS, REFERENCE, ROUTINGS, Topology
+from benchmarks.record import Record, Spread
+
+
+TIME_AIM = 0.4  # less time than the best of hash, switch and upstream's layouts
+LOSS_AIM = 0.01  # nats above the same gate without locality
+AIM_LINK = "200mbit"
+SHARE_TOLERANCE = 0.03  # between the trained and the measured node-local share
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the trainings of a row came to, over seeds."""
+
+    local_share: float
+    losses: list[float]
+    differences: list[float]  # to the same gate without locality, seed by seed
+    load_cv: float
+    rank_load_cv: float
+    dropped: float
+    rerouted: float
+
+    @property
+    def difference(self) -> float:
+        return statistics.fmean(self.differences)
+
+    @property
+    def standard_error(self) -> float:
+        count = len(self.differences)
+        return statistics.stdev(self.differences) / math.sqrt(count) if count > 1 else math.nan
+
+    def cells(self) -> dict[str, str]:
+        loss = statistics.fmean(self.losses)
+        spread = f" ± {self.standard_error:.3f}" if len(self.differences) > 1 else ""
+        return {
+            "trained_share": f"{self.local_share:.3f}",
+            "loss": f"{loss:.3f}",
+            "perplexity": f"{math.exp(loss):.2f}",
+            "difference": f"{self.difference:+.3f}{spread}",
+            "load_cv": f"{self.load_cv:.2f}",
+            "rank_load_cv": f"{self.rank_load_cv:.2f}",
+            "dropped": f"{100 * self.dropped:.1f} %",
+            "rerouted": f"{100 * self.rerouted:.1f} %",
+        }
+
+
+def qualities(results: list[dict[str, Any]], topology: Topology) -> dict[str, Quality]:
+    """By row, of the seeds that were trained."""
+    by_row: dict[str, dict[int, dict]] = {}
+    for result in results:
+        if result["topology"] == str(topology):
+            by_row.setdefault(result["routing"], {})[result["seed"]] = result
+    found = {}
+    for name, seeds in by_row.items():
+        reference = by_row.get(REFERENCE.get(ROUTINGS[name].gate, "none"), {})
+        runs = list(seeds.values())
+
+        def mean(key: str, runs=runs) -> float:
+            return statistics.fmean(run[key] for run in runs)
+
+        pairs = [(seeds[seed], reference[seed]) for seed in sorted(seeds) if seed in reference]
+        found[name] = Quality(
+            mean("local_share"),
+            [run["validation_loss"] for run in runs],
+            [run["validation_loss"] - base["validation_loss"] for run, base in pairs] or [math.nan],
+            *(mean(key) for key in ("load_cv", "rank_load_cv", "dropped", "rerouted")),
+        )
+    return found
+
+
+QUALITY_COLUMNS = {
+    "trained_share": "node-local share",
+    "loss": "validation loss",
+    "perplexity": "perplexity",
+    "difference": "to the same gate without locality",
+    "load_cv": "load CV, experts",
+    "rank_load_cv": "load CV, ranks",
+    "dropped": "dropped",
+    "rerouted": "rerouted",
+}
+
+
+def training_record(trained: dict[str, Any], topologies: list[Topology]) -> Record:
+    """All rows as trained."""
+    rows = []
+    for topology in topologies:
+        found = qualities(trained["results"], topology)
+        for name in ROUTINGS:
+            if name in found:
+                rows.append({"topology": str(topology), "row": name, **found[name].cells()})
+    seeds = sorted({result["seed"] for result in trained["results"]})
+    return Record(
+        theme="locality_training",
+        question="Which routing keeps tokens on their node, and what does it cost in validation loss?",
+        config={**trained["setup"], "seeds": seeds, "tokens": str(trained["tokens"]), "domains": trained["domains"]},
+        command=trained["command"],
+        rows=rows,
+        columns={"topology": "nodes x ranks", "row": "", **QUALITY_COLUMNS},
+        notes=[
+            "Text of eight domains, shuffled together: no node reads a mixture of its own.",
+            "Node-local share, load and tiers are means over the last 50 steps; validation is without batch placement and "
+            "without tiers. Differences are paired by seed, ± their standard error. The paper's gate is compared with "
+            "cosine logits without locality.",
+            "One process computes what the ranks would: which sample goes to which node, the locality loss of each node, each "
+            "rank's tier. The measurement on real ranks has to find the same share.",
+            "Rows that change nothing that is computed (no locality loss, no tier) are read off one training.",
+            *trained.get("notes", []),
+            *([f"Failed: {len(trained['failed'])} of the trainings."] if trained["failed"] else []),
+        ],
+        load=trained["load"],
+        extra={"decided": trained["decided"], "text_sha256": trained["text_sha256"], "runs": trained["results"]},
+    )
+
+
+# ---- measured -------------------------------------------------------------------------------------------------------
+
+
+def measured_rows(
+    chosen: list[Variant],
+    links: list[Link],
+    measured: dict[str, dict],
+    truths: dict[str, float],
+    found: dict[str, Quality],
+    warmup: int,
+    trained_seed_share: dict[str, float],
+) -> list[dict[str, Any]]:
+    """One row per variant. Where the cross-entropy is not one process's, there is no speed."""
+    table = []
+    for variant in chosen:
+        row: dict[str, Any] = {"variant": variant.name, "upstream": variant.is_upstream}
+        if variant.layout != "alone" and variant.routing in found:
+            row |= found[variant.routing].cells()
+        by_link = [measured[str(link)][variant.name] for link in links]
+        if variant.is_checked:
+            expected = truths[variant.routing]
+            row["loss_difference"] = max(abs(one["loss"][0] - expected) / expected for one in by_link)
+        row["correct"] = row.get("loss_difference", 0.0) <= variant.rtol
+        table.append(row)
+        if not row["correct"]:
+            continue
+        if variant.layout != "alone":
+            row["share"] = statistics.fmean(statistics.fmean(one["share"][warmup:]) for one in by_link)
+            row["measured_cv"] = statistics.fmean(statistics.fmean(one["cv"][warmup:]) for one in by_link)
+            row["turned"] = statistics.fmean(statistics.fmean(one["turned"][warmup:]) for one in by_link)
+            if not variant.is_upstream:
+                row["share_of_training"] = trained_seed_share.get(variant.routing)
+        for link, one in zip(links, by_link, strict=True):
+            row[f"seconds {link}"] = Spread.of(one["seconds"][warmup:])
+            row[f"sent {link}"] = statistics.median(one["sent"][warmup:]) / 1e6
+    for link in links:
+        _compare(table, chosen, str(link), measured[str(link)], warmup)
+    return table
+
+
+def _compare(table: list[dict], chosen: list[Variant], link: str, measured: dict, warmup: int) -> None:
+    """Ratios to the fastest baseline and to upstream's fastest: medians of the ratios of steps on the same batch."""
+    right = [row for row in table if row["correct"]]
+    baselines = {
+        "baseline": [row for row in right if row["upstream"] or row["variant"] in ("hash", "switch")],
+        "upstream": [row for row in right if row["upstream"]],
+    }
+    for kind, rows in baselines.items():
+        best = min(rows, key=lambda row: row[f"seconds {link}"].median, default=None)
+        if best is None:
+            continue
+        base = measured[best["variant"]]["seconds"][warmup:]
+        for row in right:
+            own = measured[row["variant"]]["seconds"][warmup:]
+            row[f"to {kind} {link}"] = statistics.median(a / b for a, b in zip(own, base, strict=True))
+            row[f"best {kind} {link}"] = best["variant"]
+
+
+def best_row(found: dict[str, Quality], measured: list[str], topology: Topology) -> str | None:
+    """Of the measured rows with our gate, the one with the largest share at no loss in quality; the cheapest if all cost."""
+    own = [name for name in measured if name in found and ROUTINGS[name].gate == ROUTINGS["none"].gate]
+    own = [name for name in own if name not in ("none", "all local")]
+    free = [name for name in own if found[name].difference <= LOSS_AIM]
+    if free:
+        return max(free, key=lambda name: found[name].local_share)
+    return min(own, key=lambda name: found[name].difference, default=None)
+
+
+def verdicts(table: list[dict], found: dict[str, Quality], topology: Topology, links: list[Link]) -> list[str]:
+    """Aim by aim."""
+    right = {row["variant"]: row for row in table if row["correct"]}
+    name = best_row(found, list(right), topology)
+    if name is None:
+        return []
+    quality, row, aim = found[name], right[name], AIMS[topology.nodes]
+    share = row["share"]
+    lines = [
+        f"Best row at no loss in quality: `{name}`.",
+        f"Node-local share, aim {aim}: {quality.local_share:.3f} trained (all seeds), {share:.3f} measured: "
+        + ("reached." if min(share, quality.local_share) >= aim else "missed."),
+        f"Validation loss, aim at most {LOSS_AIM} above the same gate without locality: {quality.difference:+.3f} "
+        f"(s.e. {quality.standard_error:.3f}): " + ("reached." if quality.difference <= LOSS_AIM else "missed."),
+    ]
+    for link in map(str, links):
+        for wire in ("", ", bfloat16 on the wire"):
+            mine = right.get(name + wire)
+            if mine is None or f"to upstream {link}" not in mine:
+                continue
+            less = 1 - mine[f"to baseline {link}"]
+            text = (
+                f"{link}{wire}: {100 * less:.0f} % less time a step than the fastest of hash, switch and upstream's layouts "
+                f"(`{mine[f'best baseline {link}']}`), {100 * (1 - mine[f'to upstream {link}']):.0f} % less than upstream's "
+                f"fastest (`{mine[f'best upstream {link}']}`)"
+            )
+            is_aimed = link == AIM_LINK and topology.nodes == 2
+            reached = "reached" if less >= TIME_AIM else "missed"
+            lines.append(text + (f"; aim {100 * TIME_AIM:.0f} %: {reached}." if is_aimed else "."))
+        lines += _what_is_in_the_way(right, name, link)
+    for row in right.values():
+        trained = row.get("share_of_training")
+        if trained is not None and abs(row["share"] - trained) > SHARE_TOLERANCE:
+            lines.append(
+                f"`{row['variant']}`: measured share {row['share']:.3f}, in training {trained:.3f}: they disagree."
+            )
+    return lines
+
+
+def _what_is_in_the_way(right: dict[str, dict], name: str, link: str) -> list[str]:
+    parts = [right.get(part) for part in ("all local", "alone")]
+    if any(part is None for part in parts) or f"seconds {link}" not in right[name]:
+        return []
+    limit, alone = (part[f"seconds {link}"].median for part in parts)
+    mine = right[name][f"seconds {link}"].median
+    base_name = right[name][f"best baseline {link}"]
+    base = right[base_name][f"seconds {link}"].median
+    if base <= alone:  # nothing to be saved: noise
+        return []
+    return [
+        f"{link}, what a step is made of: {alone:.2f} s is computation (`alone`), {base - alone:.2f} s more with `{base_name}`, "
+        f"{mine - alone:.2f} s with `{name}`, {limit - alone:.2f} s with no token leaving its node. Of the time above "
+        f"computation {100 * (base - mine) / (base - alone):.0f} % are saved; the most that routing can save of a step is "
+        f"{100 * (base - limit) / base:.0f} %."
+    ]
+
+
+def measured_record(
+    topology: Topology,
+    links: list[Link],
+    table: list[dict],
+    found: dict[str, Quality],
+    trained: dict[str, Any],
+    config: dict[str, Any],
+    command: str,
+    load: dict[str, float],
+    raw: dict[str, Any],
+) -> Record:
+    columns = {
+        "variant": "",
+        "trained_share": "node-local share, trained (seeds)",
+        "share_cell": "measured (seed)",
+        "loss": "validation loss",
+        "perplexity": "perplexity",
+        "difference": "to the same gate without locality",
+        "cv_cell": "load CV",
+        "turned_cell": "dropped or rerouted",
+    }
+    for link in links:
+        columns |= {
+            f"sent_cell {link}": f"MB a node sends a step, {link}",
+            f"seconds {link}": f"s/step {link} (quartiles)",
+            f"to baseline {link}": "to the best of hash, switch, upstream",
+            f"to upstream {link}": "to upstream's best",
+        }
+    columns["check"] = "loss against one process"
+    for row in table:
+        if "share" in row:
+            beside = row.get("share_of_training")
+            row["share_cell"] = f"{row['share']:.3f}" + (f" ({beside:.3f})" if beside is not None else "")
+            row["cv_cell"], row["turned_cell"] = f"{row['measured_cv']:.2f}", f"{100 * row['turned']:.1f} %"
+        for link in links:
+            if f"sent {link}" in row:
+                row[f"sent_cell {link}"] = f"{row[f'sent {link}']:.1f}"
+        if "loss_difference" in row:
+            row["check"] = f"{row['loss_difference']:.1e}" + ("" if row["correct"] else " WRONG, no speed")
+    return Record(
+        theme=f"locality_{topology}",
+        question=f"What does keeping tokens on their node save in bytes and time, on {topology.nodes} nodes of "
+        f"{topology.ranks_per_node}, against Hash, Switch and upstream's layouts?",
+        config=config,
+        command=command,
+        rows=table,
+        columns=columns,
+        notes=[
+            *verdicts(table, found, topology, links),
+            "Rows without another word: layout `spread` (dense layers sharded in a node and copied over nodes, experts over "
+            "all ranks) with our exchange, float32 on the wire. `upstream's sharded`: everything over all ranks, transformers' "
+            "flat all_to_all. `upstream's replicated`: a copy of all experts on every node.",
+            "`measured (seed)`: the share on real ranks, and in brackets that of the training the checkpoint is from.",
+            "`all local` is the physical limit: a capacity tier that lets no token leave its node.",
+            "A step is batch placement, forward, backward, router state and optimizer, in training; the router goes on learning "
+            f"at {config['learning_rate']}. Checkpoints travelled with experts in eight bits and the rest in bfloat16.",
+            "The first step's cross-entropy has to be one process's on the same batch; rows with a tier turn tokens away, which "
+            "one process without ranks does not, and are not compared.",
+            "Emulated nodes on one machine: the links' rates are real, their latency is not, and all ranks share the machine's "
+            f"cores ({config['cores']} here for {topology.world_size} ranks). Compare within a column; below some 5 % is noise.",
+            *trained.get("notes", []),
+        ],
+        load=load,
+        extra={"raw": raw},
+    )

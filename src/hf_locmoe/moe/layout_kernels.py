@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Triton kernels that lay assignments out by expert: a counting sort in two passes, where torch takes a dozen operators.
+
+Importing this file needs Triton; callers fall back to plain torch where it is missing. Sums of whole numbers in a fixed
+order: the same layout every time.
+
+Shapes: T tokens, n = num_experts, k = num_experts_per_tok, A = T * k assignments, C = capacity, R = rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .kernels import needs_operator
+
+
+_TILE = 4096  # assignments times experts that a program holds at a time
+_SPAN = 512  # assignments of a program, at least
+_MAX_PROGRAMS = 256  # each reads the counts of all of them
+
+
+@triton.jit
+def _expert_of(
+    index,
+    weights,
+    place,
+    A,
+    T,
+    n: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS_FIRST: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    """The assignments that come `place`-th, and their experts: n for none."""
+    choice = place
+    if SLOTS_FIRST:  # all first choices, then all second ones
+        choice = (place % T) * TOP_K + place // T
+    exists = place < A
+    expert = tl.load(index + choice, mask=exists, other=n).to(tl.int32)
+    if WEIGHTED:
+        weight = tl.load(weights + choice, mask=exists, other=0.0)
+        expert = tl.where(weight != 0, expert, n)
+    return choice, tl.where((expert >= 0) & (expert < n), expert, n)
+
+
+@triton.jit(do_not_specialize=["A", "T"])
+def _count_kernel(
+    index,
+    weights,
+    counts,
+    A,
+    T,
+    n: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS_FIRST: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SPAN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    N_PAD: tl.constexpr,
+):
+    """How many of a program's assignments each expert has."""
+    program = tl.program_id(0)
+    bins = tl.arange(0, N_PAD)
+    count = tl.zeros((CHUNK, N_PAD), tl.int32)
+    for start in range(0, SPAN, CHUNK):
+        place = program * SPAN + start + tl.arange(0, CHUNK)
+        _, expert = _expert_of(index, weights, place, A, T, n, TOP_K, SLOTS_FIRST, WEIGHTED)
+        count += tl.where((expert[:, None] == bins[None, :]) & (place < A)[:, None], 1, 0)
+    tl.store(counts + program * N_PAD + bins, tl.sum(count, axis=0))
+
+
+@triton.jit(do_not_specialize=["A", "T", "C", "P"])
+def _place_kernel(
+    index,
+    weights,
+    counts,
+    of_choice,
+    choice_of_row,
+    offsets,
+    A,
+    T,
+    C,
+    P,
+    n: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS_FIRST: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    RANKS: tl.constexpr,
+    LIMITED: tl.constexpr,
+    SPAN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    N_PAD: tl.constexpr,
+    P_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Each assignment's row, and the assignment of each row; with RANKS, how many earlier ones its expert has."""
+    program = tl.program_id(0)
+    bins = tl.arange(0, N_PAD)
+    earlier_parts = tl.zeros((PARTS, N_PAD), tl.int32)
+    all_parts = tl.zeros((PARTS, N_PAD), tl.int32)
+    for start in range(0, P_PAD, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        count = tl.load(counts + part * N_PAD + bins[None, :], mask=part < P, other=0)
+        earlier_parts += tl.where(part < program, count, 0)
+        all_parts += count
+    before = tl.sum(earlier_parts, axis=0)
+    if not RANKS and not LIMITED:
+        total = tl.sum(all_parts, axis=0)
+        ends = tl.cumsum(total, axis=0)
+        before += ends - total
+        if program == 0:
+            tl.store(offsets + bins, ends, mask=bins < n)
+    for start in range(0, SPAN, CHUNK):
+        place = program * SPAN + start + tl.arange(0, CHUNK)
+        choice, expert = _expert_of(index, weights, place, A, T, n, TOP_K, SLOTS_FIRST, WEIGHTED)
+        exists = place < A
+        hit = tl.where((expert[:, None] == bins[None, :]) & exists[:, None], 1, 0)
+        rank = tl.sum(hit * (tl.cumsum(hit, axis=0) - hit + before[None, :]), axis=1)
+        before += tl.sum(hit, axis=0)
+        if RANKS:
+            tl.store(of_choice + choice, rank.to(tl.int64), mask=exists)
+        else:
+            has_row = exists & (expert < n)
+            row = rank
+            if LIMITED:
+                has_row = has_row & (rank < C)
+                row = expert * C + rank
+            tl.store(of_choice + choice, tl.where(has_row, row, -1).to(tl.int64), mask=exists)
+            tl.store(choice_of_row + row, choice.to(tl.int64), mask=has_row)
+
+
+def _sort(index, weights, num_experts, slots_first, capacity, of_choice, choice_of_row, offsets):
+    """Both passes. Without `choice_of_row` the ranks of choices, with it their rows; `capacity` None for no limit."""
+    num_tokens, top_k = index.shape
+    num_assignments = index.numel()
+    padded = triton.next_power_of_2(num_experts)
+    chunk = max(1, _TILE // padded)
+    span = max(chunk, _SPAN, triton.next_power_of_2(triton.cdiv(num_assignments, _MAX_PROGRAMS)))
+    programs = triton.cdiv(num_assignments, span)
+    counts = index.new_empty((programs, padded), dtype=torch.int32)
+    constants = dict(n=num_experts, TOP_K=top_k, SPAN=span, CHUNK=chunk, N_PAD=padded)
+    constants.update(SLOTS_FIRST=slots_first, WEIGHTED=weights is not None)
+    # where there is none, something to point to, which the kernel does not touch
+    weights, choice_of_row_or_any, offsets = (index if x is None else x for x in (weights, choice_of_row, offsets))
+    _count_kernel[(programs,)](index, weights, counts, num_assignments, num_tokens, **constants)
+    _place_kernel[(programs,)](
+        index,
+        weights,
+        counts,
+        of_choice,
+        choice_of_row_or_any,
+        offsets,
+        num_assignments,
+        num_tokens,
+        0 if capacity is None else capacity,
+        programs,
+        RANKS=choice_of_row is None,
+        LIMITED=capacity is not None,
+        P_PAD=triton.next_power_of_2(programs),
+        PARTS=min(triton.next_power_of_2(programs), chunk),
+        **constants,
+    )
+
+
+def _rows_by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    index = index.contiguous()
+    row_of_choice, choice_of_row = torch.empty_like(index), index.new_full((index.numel(),), -1)
+    offsets = index.new_empty((num_experts,), dtype=torch.int32)
+    if index.numel():
+        _sort(index, None, num_experts, False, None, row_of_choice, choice_of_row, offsets)
+    else:
+        offsets.zero_()
+    return row_of_choice, choice_of_row, offsets
+
+
+def _rows_by_capacity(index: Tensor, weights: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
+    index, weights = index.contiguous(), weights.contiguous()
+    row_of_choice, choice_of_row = torch.empty_like(index), index.new_full((num_experts * capacity,), -1)
+    if index.numel():
+        _sort(index, weights, num_experts, True, capacity, row_of_choice, choice_of_row, None)
+    return row_of_choice, choice_of_row
+
+
+def _rank_in_expert(index: Tensor, num_experts: int, slots_first: bool) -> Tensor:
+    index = index.contiguous()
+    rank = torch.empty_like(index)
+    if index.numel():
+        _sort(index, None, num_experts, slots_first, None, rank, None, None)
+    return rank
+
+
+_rows_by_expert_op = torch.library.custom_op("hf_locmoe::rows_by_expert", _rows_by_expert, mutates_args=())
+_rows_by_capacity_op = torch.library.custom_op("hf_locmoe::rows_by_capacity", _rows_by_capacity, mutates_args=())
+_rank_in_expert_op = torch.library.custom_op("hf_locmoe::rank_in_expert", _rank_in_expert, mutates_args=())
+
+
+@_rows_by_expert_op.register_fake
+def _(index, num_experts):
+    rows = index.new_empty(index.shape), index.new_empty((index.numel(),))
+    return *rows, index.new_empty((num_experts,), dtype=torch.int32)
+
+
+@_rows_by_capacity_op.register_fake
+def _(index, weights, num_experts, capacity):
+    return index.new_empty(index.shape), index.new_empty((num_experts * capacity,))
+
+
+@_rank_in_expert_op.register_fake
+def _(index, num_experts, slots_first):
+    return index.new_empty(index.shape)
+
+
+def rows_by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The rows of assignments sorted by expert, in the order of the tokens; as many rows for an expert as it has assignments.
+
+    Args:
+        index (`torch.Tensor` of shape `(T, k)`): Int64, the experts; an id of n or more is none.
+        num_experts (`int`): n.
+
+    Returns:
+        `row_of_choice` `(T, k)` and `choice_of_row` `(A,)`, int64, -1 for none; where each expert's rows end `(n,)`, int32.
+    """
+    return _call(_rows_by_expert_op, _rows_by_expert, index, num_experts)
+
+
+def rows_by_capacity(index: Tensor, weights: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """
+    The rows of assignments where expert i has those from `i C`: first choices before second ones, those past the capacity
+    and those of weight 0 have none.
+
+    Args:
+        index (`torch.Tensor` of shape `(T, k)`): As for [`rows_by_expert`].
+        weights (`torch.Tensor` of shape `(T, k)`): Any float dtype.
+        num_experts (`int`): n.
+        capacity (`int`): C.
+
+    Returns:
+        `row_of_choice` `(T, k)` and `choice_of_row` `(n C,)`, int64, -1 for none.
+    """
+    return _call(_rows_by_capacity_op, _rows_by_capacity, index, weights.detach(), num_experts, capacity)
+
+
+def rank_in_expert(index: Tensor, num_experts: int, slots_first: bool) -> Tensor:
+    """
+    How many assignments before it went to an assignment's expert.
+
+    Args:
+        index (`torch.Tensor` of shape `(T, k)`): As for [`rows_by_expert`].
+        num_experts (`int`): n.
+        slots_first (`bool`): Whether all first choices come before all second ones, or a token's choices stay together.
+
+    Returns:
+        `torch.Tensor` of shape `(T, k)`, int64; without meaning where the expert is none.
+    """
+    return _call(_rank_in_expert_op, _rank_in_expert, index, num_experts, slots_first)
+
+
+def _call(op, function, index, *arguments):
+    return (op if needs_operator(index) else function)(index, *arguments)
+
+
+__all__ = ["rank_in_expert", "rows_by_capacity", "rows_by_expert"]
