@@ -15,7 +15,7 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from benchmarks.device_profile import overlap, profiled
-from benchmarks.gpu_model import EXPERT_SIZE, GEOMETRY
+from benchmarks.gpu_models import GEOMETRIES, NUM_EXPERTS
 from benchmarks.multigpu_step import rank_device, synchronize
 from benchmarks.multigpu_ways import UPSTREAM, WAYS, Way
 from benchmarks.record import Record, Spread
@@ -27,10 +27,10 @@ ALONE = "no exchange: the experts on as many rows"
 LAYER_WAYS = (*WAYS, Way("ours, 4 slices", dict(slices=4)))
 SIZES = {
     "cuda": {
-        "hidden_size": GEOMETRY["hidden_size"],
-        "intermediate_size": EXPERT_SIZE,
-        "num_experts": GEOMETRY["num_experts"],
-        "num_experts_per_tok": GEOMETRY["num_experts_per_tok"],
+        "hidden_size": GEOMETRIES["olmoe"]["hidden_size"],
+        "intermediate_size": GEOMETRIES["olmoe"]["intermediate_size"],
+        "num_experts": NUM_EXPERTS["olmoe"],
+        "num_experts_per_tok": GEOMETRIES["olmoe"]["num_experts_per_tok"],
         "tokens": 16384,
         "repeats": 10,
     },

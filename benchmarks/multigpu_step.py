@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from transformers.distributed import DistributedConfig
 
 from benchmarks.device_profile import overlap, profiled
-from benchmarks.gpu_model import EXPERT_SIZE, GEOMETRY
+from benchmarks.gpu_models import GEOMETRIES, NUM_EXPERTS
 from benchmarks.multigpu_ways import UPSTREAM, WAYS, SwitchEP, use_switch
 from benchmarks.record import Record, Spread
 from tests.harness import run_ranks
@@ -32,7 +32,9 @@ from tests.tolerances import TOLERANCES
 WITHOUT_EP = "transformers fsdp, no expert parallelism"
 PROFILED = (UPSTREAM, "ours, 1 slice", "ours, 2 slices")
 SIZES = {
-    "cuda": dict(GEOMETRY, intermediate_size=EXPERT_SIZE, sequences=4, sequence=4096, warmup=1, repeats=5),
+    "cuda": dict(
+        GEOMETRIES["olmoe"], num_experts=NUM_EXPERTS["olmoe"], sequences=4, sequence=4096, warmup=1, repeats=5
+    ),
     "cpu": dict(
         vocab_size=64,
         hidden_size=32,
