@@ -100,7 +100,7 @@ def _streams(plan):
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(stream):
-                torch.cuda._sleep(6_000_000_000)  # some seconds
+                torch.cuda._sleep(4_000_000_000)  # some two seconds, more where others use the GPU, too
                 output, work = exchange()
                 assert not work.is_completed(), "the host waited"
                 time.sleep(1.5)  # the watch looks at the work meanwhile
@@ -123,8 +123,7 @@ def _both_plans():
 
 @pytest.mark.multigpu(4)
 def test_an_exchange_waits_on_its_stream_and_keeps_what_it_sends():
-    env = TWO_NODES | {"LOCMOE_TIMEOUT_S": "20"}
-    assert run_ranks(_both_plans, 4, env=env, **ON_GPUS) == [[True, True]] * 4
+    assert run_ranks(_both_plans, 4, env=TWO_NODES, **ON_GPUS) == [[True, True]] * 4
 
 
 def _come_late():
