@@ -381,7 +381,7 @@ class LocMoeForCausalLM(LocMoePreTrainedModel, GenerationMixin):
         if outputs.router_stats is not None:
             router_aux_loss, locality = self.router_losses(outputs.router_stats)
             if loss is not None and self.training:
-                share = _share_of_step(labels, **kwargs)
+                share = share_of_step(labels, **kwargs)
                 loss = loss + share * self.weighted_router_loss(router_aux_loss, locality).to(loss.device)
             outputs.router_stats = outputs.router_stats.detach()
         return LocMoeCausalLMOutputWithPast(
@@ -442,7 +442,7 @@ class LocMoeForTokenClassification(GenericForTokenClassification, LocMoePreTrain
     forward = _add_router_losses(GenericForTokenClassification.forward)
 
 
-def _share_of_step(labels: torch.Tensor, num_items_in_batch=None, shift_labels=None, **kwargs) -> torch.Tensor | float:
+def share_of_step(labels: torch.Tensor, num_items_in_batch=None, shift_labels=None, **kwargs) -> torch.Tensor | float:
     """
     The weight of this micro-batch's router losses: 1 where the loss is a mean over it, and its share of the step's targets
     where the loss is a sum divided by `num_items_in_batch`, so that the shares of a step's micro-batches and ranks add up
@@ -479,4 +479,5 @@ __all__ = [
     "LocMoeForTokenClassification",
     "LocMoeModel",
     "LocMoePreTrainedModel",
+    "share_of_step",
 ]

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from .configuration_locmoe import LocMoeConfig
@@ -65,6 +66,8 @@ def register() -> None:
     # `transformers serve` and TRL look `config.architectures[0]` up as an attribute of the transformers module
     for model_class in MODEL_CLASSES.values():
         setattr(transformers, model_class.__name__, model_class)
+    # Trainer's label smoothing and the text-generation pipeline know a causal model by this table of names
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(LocMoeConfig.model_type, LocMoeForCausalLM.__name__)
     # ahead of the trackers' callbacks, which read the logs that the second writes
     for callback in CALLBACKS:
         if callback not in DEFAULT_CALLBACKS:

@@ -7,13 +7,17 @@ router losses is taken as the difference between a run with them and a run witho
 """
 
 import gc
+from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_locmoe import LocMoeForSequenceClassification, LocMoeForTokenClassification
 from hf_locmoe.distributed.router_scope import RouterScope
+from hf_locmoe.training.checkpoint import LocMoeTrainer
+from hf_locmoe.training.router_losses import labels_for_smoothing
 from tests.tiny_models import gradients, random_ids, tiny_model
 from tests.tolerances import assert_close
 
@@ -51,7 +55,9 @@ def rows(padded):
     return [{"input_ids": ids, "attention_mask": mask, "labels": labels} for _ in range(NUM_ROWS)]
 
 
-def train_one_step(tmp_path, dataset, accumulation, coefficient=0.5, model=None, model_class=None, **arguments):
+def train_one_step(
+    tmp_path, dataset, accumulation, coefficient=0.5, model=None, model_class=None, make_trainer=Trainer, **arguments
+):
     if model is None:
         settings = {} if model_class is None else {"model_class": model_class}
         model = tiny_model(
@@ -59,7 +65,7 @@ def train_one_step(tmp_path, dataset, accumulation, coefficient=0.5, model=None,
         )
     model.base_model.router_scope = RouterScope(node_local_experts=NEAR)
     keep = KeepGradients()
-    trainer = Trainer(
+    trainer = make_trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(tmp_path),
@@ -153,10 +159,10 @@ def test_the_whole_gradient_is_that_of_a_raw_loop(tmp_path):
         logits = model(ids[micro_batch]).logits[:, :-1].flatten(0, 1)
         outputs = model(ids[micro_batch])
         wanted = labels[micro_batch, 1:].flatten()
-        cross_entropy = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / targets
+        expected = cross_entropy(logits, wanted, reduction="sum") / targets
         share = (wanted != -100).sum() / targets
         router = 0.5 * outputs.router_aux_loss + 0.5 * outputs.locality_loss
-        (cross_entropy + share * router).backward()
+        (expected + share * router).backward()
     for name, grad in gradients(model).items():
         assert_close(actual[name], grad.double(), torch.float32)
 
@@ -180,6 +186,71 @@ def test_raw_calls_with_and_without_num_items_in_batch():
         assert_close(as_int, loss)
         parts.append(loss)
     assert_close(parts[1], parts[0])
+
+
+class WithAHeadOfItsOwn(LocMoeTrainer):
+    """As TRL's trainers: the decoder and the head apart, and a load-balancing loss of its own."""
+
+    aux_loss_enabled = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        hidden = model.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        logits = model.lm_head(hidden[:, :-1]).flatten(0, 1)
+        loss = cross_entropy(logits, inputs["labels"][:, 1:].flatten(), reduction="sum") / num_items_in_batch
+        return loss + 100.0 * logits.square().mean() if self.aux_loss_enabled else loss
+
+
+class TestALossThatIsNotTheModels:
+    """The router's part is what it is where the model computes the loss."""
+
+    KINDS = {
+        "label smoothing": dict(make_trainer=LocMoeTrainer, label_smoothing_factor=0.1),
+        "a loss function": dict(
+            make_trainer=partial(
+                LocMoeTrainer,
+                compute_loss_func=lambda outputs, labels, num_items_in_batch: (
+                    cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+                    / num_items_in_batch
+                ),
+            )
+        ),
+        "a head of its own": dict(make_trainer=WithAHeadOfItsOwn),
+        "the model's": dict(make_trainer=LocMoeTrainer),
+    }
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("accumulation", [1, 4])
+    def test_the_router_trains_as_ever(self, tmp_path, dataset, kind, accumulation):
+        expected = router_part(tmp_path, dataset, 1)
+        actual = router_part(tmp_path, dataset, accumulation, **self.KINDS[kind])
+        assert ratio(actual, expected) == pytest.approx(1.0, abs=5e-4)
+
+    def test_two_forwards_for_a_loss_are_left_alone(self, tmp_path, dataset):
+        class Twice(WithAHeadOfItsOwn):
+            def compute_loss(self, *args, **kwargs):
+                return super().compute_loss(*args, **kwargs) + super().compute_loss(*args, **kwargs)
+
+        part = router_part(tmp_path, dataset, 1, make_trainer=Twice)
+        assert part.norm() < 1e-5
+
+    @pytest.mark.parametrize("make_trainer", [Trainer, LocMoeTrainer])
+    def test_smoothed_labels_are_those_of_the_next_token(self, tmp_path, dataset, make_trainer):
+        settings = dict(coefficient=0.0, make_trainer=make_trainer, label_smoothing_factor=0.1)
+        actual, _ = train_one_step(tmp_path, dataset, 2, **settings)
+        model = tiny_model(gate_type="switch", router_aux_loss_coef=0.0, locality_loss_coef=0.0).train()
+        row = dataset[0]
+        logits = model(row["input_ids"][None], attention_mask=row["attention_mask"][None]).logits
+        cross_entropy(logits[0, :-1], row["labels"][1:], label_smoothing=0.1).backward()
+        for name, grad in gradients(model).items():
+            assert_close(actual[name], grad.double(), torch.float32)
+
+    @pytest.mark.parametrize(
+        "name, shifted", [("LocMoeForCausalLM", False), ("FSDPLocMoeForCausalLM", True), ("Other", False)]
+    )
+    def test_a_sharded_class_is_known_by_its_other_name(self, name, shifted):
+        inputs = {"labels": torch.tensor([[5, 6, 7]]), "input_ids": None}
+        given = labels_for_smoothing(type(name, (), {})(), inputs)["labels"]
+        assert given.tolist() == ([[6, 7, -100]] if shifted else [[5, 6, 7]])
 
 
 class TestClassification:
@@ -224,5 +295,5 @@ def test_evaluation_reports_the_cross_entropy(tmp_path):
     metrics = trainer.evaluate(dataset)
     ids = dataset[0]["input_ids"][None]
     logits = trainer.model.eval()(ids).logits
-    expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    expected = cross_entropy(logits[0, :-1], ids[0, 1:])
     assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)

@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -419,6 +419,30 @@ def expert_parallel_layers(model: torch.nn.Module) -> list[LocMoeEP]:
     """The expert parallelism of a model's MoE layers, in their order; empty where the model has none of this kind."""
     layers = (getattr(module, "locmoe_expert_parallel", None) for module in model.modules())
     return [layer for layer in layers if layer is not None]
+
+
+def exchange_choices(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """
+    What "auto" goes by in each of [`expert_parallel_layers`], plain data: another measurement may come to other slices,
+    which sum in another order.
+    """
+    return [
+        {
+            "cost": None if layer.resources.cost is None else asdict(layer.resources.cost),
+            "slices": layer._slices,
+            "measured_on": (layer.peers.topology.rank_to_node, layer.peers.expert_to_rank.device.type),
+        }
+        for layer in expert_parallel_layers(model)
+    ]
+
+
+def keep_exchange_choices(model: torch.nn.Module, choices: list[dict[str, Any]] | None) -> None:
+    """Goes on with what [`exchange_choices`] gave, where the groups are as they were. All ranks call it."""
+    current = exchange_choices(model)
+    for layer, now, choice in zip(expert_parallel_layers(model), current, choices or []):
+        if now["measured_on"] == tuple(choice["measured_on"]) and choice["cost"] is not None:
+            layer.resources.cost = CostModel(**choice["cost"])
+            layer._slices = choice["slices"]
 
 
 def fixed_capacity(

@@ -135,12 +135,7 @@ class BatchPlacement:
         mine = {"parts": [part.described() for part in parts], "reason": reason, "routes": self._routes()}
         everyone: list[Any] = [None] * self.topology.num_ranks
         dist.all_gather_object(everyone, mine, group=self.group)
-        seen = [(rank, *other["routes"]) for rank, other in enumerate(everyone) if other["routes"] is not None]
-        if seen:  # all ranks' tokens in one update: the table decays once a step, and no rank weighs more than another
-            ranks, keys, experts = zip(*seen, strict=True)
-            nodes = np.repeat([self.topology.node_of_rank(rank) for rank in ranks], [len(part) for part in keys])
-            keys, experts = (torch.from_numpy(np.concatenate(parts)).long() for parts in (keys, experts))
-            self.table.update(keys, experts, torch.from_numpy(nodes))
+        self._learn([other["routes"] for other in everyone])
         if self.options.batch_placement != "off":
             reason = next((other["reason"] for other in everyone if other["reason"] is not None), None)
             reason = reason or _difference([other["parts"] for other in everyone])
@@ -153,6 +148,29 @@ class BatchPlacement:
                 logger.warning(f"Samples stay on the ranks that read them: {reason}")
         self._keys = self._keys_of(batches[-1]) if batches else None
         return batches
+
+    def settle(self) -> None:
+        """
+        Takes what the newest steps have shown into the table now, ahead of the next step: what is saved of the table is then
+        what the next step goes by. A collective.
+        """
+        known = []
+        while (routes := self._routes()) is not None:
+            known.append(routes)
+        everyone: list[Any] = [None] * self.topology.num_ranks
+        dist.all_gather_object(everyone, known, group=self.group)
+        for step in range(max(map(len, everyone))):
+            self._learn([routes[step] if step < len(routes) else None for routes in everyone])
+
+    def _learn(self, routes: list[Any]) -> None:
+        """All ranks' tokens in one update: the table decays once a step, and no rank weighs more than another."""
+        seen = [(rank, *of_rank) for rank, of_rank in enumerate(routes) if of_rank is not None]
+        if not seen:
+            return
+        ranks, keys, experts = zip(*seen, strict=True)
+        nodes = np.repeat([self.topology.node_of_rank(rank) for rank in ranks], [len(part) for part in keys])
+        keys, experts = (torch.from_numpy(np.concatenate(parts)).long() for parts in (keys, experts))
+        self.table.update(keys, experts, torch.from_numpy(nodes))
 
     # ---- what is known ------------------------------------------------------------------------------------------
 

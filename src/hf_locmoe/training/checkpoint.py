@@ -19,7 +19,6 @@ import inspect
 import os
 import tempfile
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from ..distributed.expert_move import canonical_experts, move_experts, placements_of, reason_not_to_move
+from ..distributed.expert_parallel import exchange_choices, keep_exchange_choices
 from ..distributed.parallel_run import current_parallel_run
 from ..pretrained_io import CheckpointError
 from .batch_placement import BatchPlacement, batch_placement_for
 from .checkpoint_folder import (
-    GUARD_OFF,
     STATE_FOLDER,
     damage_of,
     is_first_rank,
@@ -49,6 +48,7 @@ from .checkpoint_folder import (
     publish,
     raise_together,
     tidy,
+    without_upstream_refusal,
 )
 from .checkpoint_state import (
     detached_from,
@@ -63,6 +63,7 @@ from .checkpoint_state import (
     read_packed,
     router_state,
 )
+from .router_losses import add_router_losses, labels_for_smoothing
 
 
 logger = logging.get_logger(__name__)
@@ -88,7 +89,7 @@ class LocMoeTrainer(Trainer):
         self._write_group: dist.ProcessGroup | None = None
         self._placement: BatchPlacement | None = None
         self._placed_model: Any = None
-        with _without_upstream_refusal(args):
+        with without_upstream_refusal(args):
             super().__init__(model, args, *positional, **named)
 
     # ---- which node computes which sample ---------------------------------------------------------------------
@@ -134,6 +135,13 @@ class LocMoeTrainer(Trainer):
                 "`average_tokens_across_devices` to True, or `batch_placement` to 'off'."
             )
         return False
+
+    # ---- the loss ----------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.label_smoother is not None and self.compute_loss_func is None and "labels" in inputs:
+            inputs = labels_for_smoothing(self.accelerator.unwrap_model(model), inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     # ---- saving -------------------------------------------------------------------------------------------------
 
@@ -201,6 +209,8 @@ class LocMoeTrainer(Trainer):
             ) from error
         buffers = {} if isinstance(self.model, PreTrainedModel) else router_state(self.model)
         placement = self.batch_placement()
+        if placement is not None:
+            placement.settle()
         statistics = None if placement is None else {**placement.table.state_dict(), "expert_to_rank": placements}
         return {
             "placement": packed(statistics),
@@ -209,6 +219,7 @@ class LocMoeTrainer(Trainer):
             "scheduler": packed(self.lr_scheduler.state_dict()),
             "run": packed(run),
             f"rng.{self.args.process_index}": self._packed_rng_state(),
+            f"exchange.{self.args.process_index}": packed(exchange_choices(self.model)),
         }
 
     def _packed_rng_state(self) -> bytes:
@@ -265,6 +276,7 @@ class LocMoeTrainer(Trainer):
             error = _error_of(lambda: tidy(self.args.output_dir)) if is_first_rank() else None
             raise_together(error)
             resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        add_router_losses(self)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _checkpoint_to_resume(self, given: str | bool | None) -> str | None:
@@ -344,6 +356,8 @@ class LocMoeTrainer(Trainer):
             placement.table.load_state_dict(statistics)
             self._place_experts_again(statistics.get("expert_to_rank", []))
         run, batch_size = read_packed(folder, "run"), self.get_total_train_batch_size(self.args)
+        if run["world_size"] == self.args.world_size:
+            keep_exchange_choices(self.model, read_packed(folder, f"exchange.{self.args.process_index}"))
         if run["total_batch_size"] != batch_size and not self.args.ignore_data_skip and is_first_rank():
             logger.warning(
                 f"A step takes {batch_size} samples and took {run['total_batch_size']} when {checkpoint} was saved: "
@@ -466,28 +480,6 @@ def _error_of(function) -> Exception | None:
 def _is_transformers_model(model: Any) -> bool:
     """Or an adapter on one: something whose files we know."""
     return hasattr(model, "save_pretrained")
-
-
-# ---- transformers' Trainer ------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _without_upstream_refusal(args: Any):
-    """
-    Works around the end of `Trainer.__init__` (transformers/trainer.py), which refuses to save the optimizer of a model
-    that was sharded at load time unless `save_only_model` is set: "Resuming is not supported for models sharded ...".
-    """
-    if args is None:
-        yield
-        return
-    given = args.save_only_model
-    args.save_only_model = given or not (args.deepspeed or args.fsdp)
-    setattr(args, GUARD_OFF, True)
-    try:
-        yield
-    finally:
-        args.save_only_model = given
-        delattr(args, GUARD_OFF)
 
 
 __all__ = ["LocMoeTrainer"]

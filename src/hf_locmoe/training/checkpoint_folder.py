@@ -14,6 +14,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +234,26 @@ class ResumeGuardCallback(TrainerCallback):
             )
 
 
+@contextmanager
+def without_upstream_refusal(args: Any) -> Iterator[None]:
+    """
+    Works around the end of `Trainer.__init__` (transformers/trainer.py), which refuses to save the optimizer of a model
+    that was sharded at load time unless `save_only_model` is set: "Resuming is not supported for models sharded ...".
+    """
+    if args is None:
+        yield
+        return
+    given = args.save_only_model
+    args.save_only_model = given or not (args.deepspeed or args.fsdp)
+    setattr(args, GUARD_OFF, True)
+    try:
+        yield
+    finally:
+        args.save_only_model = given
+        delattr(args, GUARD_OFF)
+
+
 __all__ = [
-    "GUARD_OFF",
     "STATE_FOLDER",
     "ResumeGuardCallback",
     "damage_of",
@@ -247,4 +267,5 @@ __all__ = [
     "raise_together",
     "read_seal",
     "tidy",
+    "without_upstream_refusal",
 ]
