@@ -36,7 +36,7 @@ STEPS = 20
 ROWS, COPIES, LENGTH = 8, 4, 8  # of one micro-batch over all ranks, micro-batches in a batch, tokens
 LEARNING_RATE = 0.02
 # of the data: with this one no token of any truth stands so near to two experts that rounding could decide
-SEED = 2700
+SEED = 3200
 RECORDED = Path(__file__).parents[1] / "golden" / "one_process.json"
 
 
@@ -95,7 +95,7 @@ def config(member: Member) -> LocMoeConfig:
         vocab_size=64,
         hidden_size=16,
         intermediate_size=24,
-        moe_intermediate_size=12,
+        moe_intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,

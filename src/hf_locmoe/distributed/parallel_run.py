@@ -10,7 +10,6 @@ it reaches `config.json`.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from .expert_parallel import (
     job_topology,
 )
 from .layouts import ModelSize, SpreadLayoutMixin, choose_layout, layout_config, predict_layouts
+from .one_process_start import one_process_start, one_tensor_at_a_time
 from .router_scope import RouterScope
 
 
@@ -169,21 +169,6 @@ def _in_distributed_job() -> bool:
     return PartialState().num_processes > 1
 
 
-def _share_first_ranks(tensor: torch.Tensor) -> None:
-    """
-    Overwrites a tensor with rank 0's. The default group of a job on GPUs is often NCCL's alone, which takes nothing that is
-    on the CPU: then the way is over the rank's own accelerator, bound as transformers binds it.
-    """
-    if f"{tensor.device.type}:" in dist.get_backend_config():
-        dist.broadcast(tensor, src=0)
-        return
-    accelerator = torch.accelerator.current_accelerator()
-    index = int(os.environ.get("LOCAL_RANK", torch.accelerator.current_device_index()))
-    shared = tensor.to(torch.device(accelerator.type, index))
-    dist.broadcast(shared, src=0)
-    tensor.copy_(shared)
-
-
 def leave_job() -> None:
     """Ends the run and its process groups: a gloo process that leaves them behind is aborted at exit now and then."""
     set_parallel_run(None)
@@ -250,22 +235,20 @@ class ParallelRunMixin(SpreadLayoutMixin):
             return super()._from_config(config, **kwargs)  # type: ignore[misc]
         with _building(run):
             distributed_config = run.distributed_config(model_size(cls, config))
-            whole = super()._from_config(config, **kwargs)  # type: ignore[misc]
+            build = functools.partial(super()._from_config, config, **kwargs)  # type: ignore[misc]
             if distributed_config is None:
-                return whole
+                return build()
             check_tied_vocabulary(config, distributed_config)
-            state_dict = whole.state_dict()
-            # what one process would have drawn, also where the script seeds ranks differently
-            for tensor in state_dict.values():
-                _share_first_ranks(tensor)
-            model = cls.from_pretrained(
-                None,
-                config=whole.config,
-                state_dict=state_dict,
-                distributed_config=distributed_config,
-                dtype=whole.dtype,
-            )
-        model.train(whole.training)
+            source, state_dict = one_process_start(build)
+            with one_tensor_at_a_time():
+                model = cls.from_pretrained(
+                    None,
+                    config=source.config,
+                    state_dict=state_dict,
+                    distributed_config=distributed_config,
+                    dtype=source.dtype,
+                )
+        model.train(source.training)
         join_run(model)
         return model
 
