@@ -3,7 +3,7 @@
 Triton kernels of the dense part of the decoder: rotary positions, and the cross-entropy of logits.
 
 Importing this file needs Triton; callers take plain torch where it is missing, and under torch.compile, which fuses that.
-Products and sums are rounded where torch's eager operators round them.
+Rotary products and sums are rounded where torch's eager operators round them.
 
 Shapes: B = batch size, Q = sequence length, H = heads, D = head_dim, T = tokens, V = vocab_size.
 """
@@ -163,6 +163,7 @@ def _launch_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backwar
             BLOCK=min(_HEADS, triton.next_power_of_2(heads)),
             KEY_BLOCK=min(_HEADS, triton.next_power_of_2(key_heads)),
             BACKWARD=backward,
+            enable_fp_fusion=False,  # a fused product and sum would round once where eager operators round twice
         )
     return new_query.transpose(1, 2), new_key.transpose(1, 2)
 
