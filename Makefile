@@ -21,7 +21,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
 WORKERS := -n logical --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu test-multigpu test-multiprocess test-cluster check lint format package-check \
+.PHONY: help env demo reproduce test test-slow test-gpu test-multigpu test-multiprocess test-cluster check lint format package-check \
 	upstream-symbols bench-gpu bench-multigpu clean
 
 help: ## list the targets
@@ -38,6 +38,9 @@ $(STAMP): pyproject.toml
 
 demo: $(ENV) ## train a small LocMoE on text every Python has, and show what it learned (about three minutes)
 	OMP_NUM_THREADS=2 $(PY) recipes/demo.py $(ARGS)
+
+reproduce: $(ENV) ## the paper's figures from four small runs on two emulated nodes (a quarter of an hour on two idle cores)
+	$(PY) recipes/reproduce.py $(ARGS)
 
 test: $(ENV) ## the tests, under ten minutes on two cores
 	$(PYTEST) $(WORKERS) -m "not slow and not gpu and not cluster and not many_ranks" $(ARGS)

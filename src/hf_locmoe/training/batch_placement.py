@@ -35,7 +35,9 @@ from .placement import balanced_assignment
 
 logger = logging.get_logger(__name__)
 
-SAMPLED_TOKENS = 16384  # of a step, over all ranks, that the statistics see
+# Of a step, over all ranks, that the statistics see: what takes a few milliseconds on one core.
+SAMPLED_TOKENS = 16384
+SAMPLED_ASSIGNMENTS = 131072  # tokens * layers * experts of a token
 MAX_DOMAINS = 1024
 PADDING = {"labels": -100}  # of other fields 0
 
@@ -180,7 +182,9 @@ class BatchPlacement:
         keys, self._keys = self._keys, None
         newest = None
         if keys is not None and all(route is not None and len(route) == len(keys) for route in routes):
-            stride = max(1, len(keys) * self.topology.num_ranks // SAMPLED_TOKENS)
+            num_tokens = len(keys) * self.topology.num_ranks
+            num_assignments = num_tokens * len(routes) * routes[0].shape[1]
+            stride = max(1, num_tokens // SAMPLED_TOKENS, -(-num_assignments // SAMPLED_ASSIGNMENTS))
             experts = torch.stack([route[::stride] for route in routes], dim=1)
             newest = _started_copy(keys[::stride]), _started_copy(experts), _event_on(experts)
         if newest is not None and newest[2] is None:
@@ -225,14 +229,18 @@ class BatchPlacement:
             if (reason := _reason_not_to_move(batch, self.options.domain_column)) is not None:
                 return [], reason
         together = [batches] if self.options.batch_placement == "step" else [[batch] for batch in batches]
-        parts = []
+        parts: list[_Part] = []
+        if not batches:
+            return parts, None
+        shares = self.table.node_shares(on_node)
         for group in filter(None, together):
             scores = []
             for batch in group:
                 keys, mask = batch["input_ids"], batch.get("attention_mask")
                 if self.options.domain_column is not None:
                     keys, mask = batch[self.options.domain_column].view(-1, 1), None
-                scores.append(self.table.node_scores(keys.cpu(), on_node, None if mask is None else mask.cpu()))
+                mask = None if mask is None else mask.cpu()
+                scores.append(self.table.node_scores(keys.cpu(), on_node, mask, shares))
             parts.append(_Part(group, torch.cat(scores).numpy()))
         return parts, None
 
