@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None, run: Callable[..., Any] = subprocess.run
         folder = read_run(args.output_dir / name)
         probe = None if folder.checkpoint is None else probe_checkpoint(folder.checkpoint, text)
         rows.append(row_of(folder, probe))
-    facts = read_run(args.output_dir / RUNS[0]).training[-1]["model"]
+    facts = dict(read_run(args.output_dir / RUNS[0]).training[-1]["model"])
+    del facts["gate_type"]  # each row has its own
     config = {
         "max_steps": args.max_steps,
         "nodes": 2,
