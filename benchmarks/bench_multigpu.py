@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The benchmarks on several GPUs of one host: `--parts step overlap nodes step-2`, the first three by default.
+The benchmarks on several GPUs of one host: `--parts overlap nodes step step-quick step-2`, the first three by default.
 
 * `step`: a training step of a model of OLMoE-1B-7B's size on four GPUs, transformers' exchange beside ours;
 * `overlap`: the exchange of one MoE layer in a profile: what runs under the computation, what the host waits for;
 * `nodes`: emulated nodes: what each plan of the backend moves, and that all of them give the same;
+* `step-quick`: `step` with the four ways that matter most and one model, in less than two minutes;
 * `step-2`: `step` on two GPUs.
 
-Each part has processes and a time limit of its own; one that fails costs only itself. `--device cpu` runs the same code on
-gloo at sizes that say nothing about speed, to see whether it runs.
+Each part has processes and a time limit of its own; one that fails costs only itself, and a rank that fails ends its part.
+`--device cpu` runs the same code on gloo at sizes that say nothing about speed, to see whether it runs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,12 +37,13 @@ class Part(NamedTuple):
 
 
 PARTS = {
+    "overlap": Part(multigpu_layer.bench_layer, 4, 45),
+    "nodes": Part(multigpu_nodes.bench_nodes, 4, 40),
     "step": Part(multigpu_step.bench_step, 4, 240),
-    "overlap": Part(multigpu_layer.bench_layer, 4, 90),
-    "nodes": Part(multigpu_nodes.bench_nodes, 4, 75),
+    "step-quick": Part(partial(multigpu_step.bench_step, ways=multigpu_step.QUICK_WAYS), 4, 90),
     "step-2": Part(multigpu_step.bench_step, 2, 240),
 }
-DEFAULT_PARTS = ["step", "overlap", "nodes"]
+DEFAULT_PARTS = ["overlap", "nodes", "step"]
 
 
 def main(argv: list[str] | None = None) -> None:

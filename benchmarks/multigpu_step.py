@@ -30,7 +30,9 @@ from tests.tolerances import TOLERANCES
 
 
 WITHOUT_EP = "transformers fsdp, no expert parallelism"
-PROFILED = (UPSTREAM, "ours, 1 slice", "ours, 2 slices")
+PROFILED = (UPSTREAM, "ours, 2 slices", "ours, 1 slice")
+QUICK_WAYS = (UPSTREAM, "ours, 1 slice", "ours, 2 slices", "ours, fixed shapes, 2 slices")  # and one model
+SHARE_OF_TIME = 0.7  # of a part's limit, after which no round of steps begins and no profile
 SIZES = {
     "cuda": dict(
         GEOMETRIES["olmoe"], num_experts=NUM_EXPERTS["olmoe"], sequences=4, sequence=4096, warmup=1, repeats=5
@@ -102,7 +104,7 @@ def sharded(whole, config, **distributed):
 class Runner:
     """One rank: the models, and one training step in any of the ways."""
 
-    def __init__(self, device: str, size: dict[str, Any]):
+    def __init__(self, device: str, size: dict[str, Any], ways: tuple[str, ...] | None):
         self.device, self.world = rank_device(device), dist.get_world_size()
         self.seconds_to_build = time.perf_counter()
         geometry = {key: value for key, value in size.items() if key not in RUN}
@@ -120,7 +122,7 @@ class Runner:
         switch = use_switch(size["sequences"] * size["sequence"])
         spread = dict(fsdp_size=self.world)
         # On two GPUs there is no room for a second model.
-        names = [way.name for way in WAYS] + [WITHOUT_EP] * (self.world > 2)
+        names = list(ways or [way.name for way in WAYS] + [WITHOUT_EP] * (self.world > 2))
         exchanging = sharded(whole, config, ep_size=self.world, ep_implementation=switch, **spread)
         alone = sharded(whole, config, **spread) if WITHOUT_EP in names else None
         del whole
@@ -166,25 +168,24 @@ class Runner:
         return {"seconds": seconds, "peak_gib": peak / 2**30, "loss": loss.item()}
 
 
-def measure(device: str, size: dict[str, Any]) -> dict[str, Any]:
+def measure(device: str, size: dict[str, Any], ways: tuple[str, ...] | None, limit_s: float) -> dict[str, Any]:
     """On one rank, the ways taking turns. A way that fails the check is left out of the rest, on all ranks."""
-    runner = Runner(device, size)
-    checks, errors = {}, {}
-    for name in runner.models:
-        try:
-            checks[name] = runner.check(name)
-        except torch.OutOfMemoryError as error:
-            errors[name] = str(error).splitlines()[0]
-            runner.models[name].zero_grad(set_to_none=True)
+    last_start = time.monotonic() + SHARE_OF_TIME * limit_s
+    runner = Runner(device, size, ways)
+    checks = {name: runner.check(name) for name in runner.models}
     names = agreed([name for name in checks if is_right(checks[name], checks[UPSTREAM])])
     steps: dict[str, list[dict]] = {name: [] for name in names}
     for number, ids in enumerate(runner.batches[1:]):
+        if number > size["warmup"] and is_late(last_start):
+            break
         first = number % len(names)
         for name in names[first:] + names[:first]:
             steps[name].append(runner.timed_step(name, ids))
     profiles = {}
     if device == "cuda":
         for name in [name for name in PROFILED if name in names]:
+            if is_late(last_start):
+                break
             profile = profiled(lambda name=name: runner.step(name, runner.batches[0]))
             profiles[name] = {kind: overlap(profile, kind) for kind in ("SendRecv", "")}
     slices = {
@@ -194,7 +195,6 @@ def measure(device: str, size: dict[str, Any]) -> dict[str, Any]:
     return {
         "truth": runner.truth,
         "checks": checks,
-        "errors": errors,
         "steps": steps,
         "profiles": profiles,
         "choices": slices,
@@ -215,17 +215,25 @@ def agreed(names: list[str]) -> list[str]:
     return [name for name in names if all(name in others for others in everyone)]
 
 
+def is_late(last_start: float) -> bool:
+    """By rank 0's clock, for all ranks."""
+    late = [time.monotonic() > last_start]
+    dist.broadcast_object_list(late)
+    return late[0]
+
+
 def is_right(check: dict[str, float], baseline: dict[str, float]) -> bool:
     """Loss as the whole model's, gradient's norm as transformers' exchange's, to the table's tolerance of bfloat16."""
     rtol = TOLERANCES[torch.bfloat16]["rtol"]
     return check["loss_difference"] <= rtol and abs(check["norm"] / baseline["norm"] - 1) <= rtol
 
 
-def bench_step(device: str, world_size: int, timeout_s: float) -> Record:
+def bench_step(device: str, world_size: int, timeout_s: float, ways: tuple[str, ...] | None = None) -> Record:
+    """`ways`: names of those to compare; all, and a model without expert parallelism, if not given."""
     size = SIZES[device]
-    ranks = run_ranks(measure, world_size, device, size, device=device, timeout_s=timeout_s)
+    ranks = run_ranks(measure, world_size, device, size, ways, timeout_s, device=device, timeout_s=timeout_s)
     tokens = world_size * size["sequences"] * size["sequence"]
-    rows = [_row(name, ranks, size["warmup"], tokens) for name in (*ranks[0]["checks"], *ranks[0]["errors"])]
+    rows = [_row(name, ranks, size["warmup"], tokens) for name in ranks[0]["checks"]]
     base = _seconds(UPSTREAM, ranks, size["warmup"])
     for row in rows:
         if "seconds" in row:
@@ -261,7 +269,7 @@ def bench_step(device: str, world_size: int, timeout_s: float) -> Record:
             "kernel ran as well. Waiting for a rank that is behind counts as NCCL's time.",
             "Fixed shapes: room for 1.25 times the expected rows, and never for more than one copy of each token.",
             f"Fan-out and slices that were chosen: {ranks[0]['choices']}.",
-            f"{ranks[0]['seconds_to_build']:.0f} s to build and shard the model.",
+            f"{len(base)} steps of each way after the first; {ranks[0]['seconds_to_build']:.0f} s to build and shard the model.",
         ],
         extra={"ranks": ranks},
     )
@@ -274,9 +282,6 @@ def _seconds(name: str, ranks: list[dict], warmup: int) -> list[float]:
 
 
 def _row(name: str, ranks: list[dict], warmup: int, tokens: int) -> dict[str, Any]:
-    errors = [rank["errors"][name] for rank in ranks if name in rank["errors"]]
-    if errors:
-        return {"way": name, "tokens_s": errors[0]}
     worst = max(rank["checks"][name]["loss_difference"] for rank in ranks)
     norms = max(abs(rank["checks"][name]["norm"] / rank["checks"][UPSTREAM]["norm"] - 1) for rank in ranks)
     row: dict[str, Any] = {"way": name, "loss_difference": worst, "norm_difference": norms}

@@ -126,7 +126,8 @@ def train(model, variant: Variant, own_batches, scale: float):
     if variant.checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": variant.checkpointing})
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    # without foreach, the default on CUDA: with TP and no FSDP plain tensors stand beside DTensors, which it does not take
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, foreach=False)
     losses, gradients, logits = [], None, None
     for step in range(variant.steps):
         total = 0.0

@@ -238,8 +238,9 @@ def train(member: Member, device: str | torch.device = "cpu", steps: int = STEPS
     device = torch.device(device)
     model = build(member, device)
     of_router = router_gradient(model, member, device)
-    # not Adam: it turns the rounding of a vanishing gradient into a whole step
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    # Not Adam: it turns the rounding of a vanishing gradient into a whole step. Without foreach, the default on CUDA: with TP
+    # and no FSDP norms are plain tensors beside DTensors, and one kernel takes no mixture (Trainer groups them by mesh).
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, foreach=False)
     losses, norms, router_losses = [], [], []
     for step in range(steps):
         loss, router, stats = backward(model, member, step, device)

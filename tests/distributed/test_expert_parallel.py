@@ -4,6 +4,7 @@ parameters after two steps."""
 
 from __future__ import annotations
 
+import os
 from unittest.mock import patch
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
+from hf_locmoe.distributed.backend import group_topology
 from hf_locmoe.distributed.expert_parallel import (
     ExpertParallelOptions,
     LocMoeEP,
@@ -216,6 +218,24 @@ def compile_layer(options, fullgraph):
 )
 def test_fixed_shapes_compile_to_one_graph_and_dropless_runs_beside_the_graph(options, fullgraph):
     run_ranks(compile_layer, 2, options, fullgraph, env={"LOCMOE_RANKS_PER_NODE": "1"})
+
+
+def layers_of_other_runs():
+    """Nodes and plan of layers that one process makes over the same ranks, as its environment changes; their groups."""
+    found, groups = [], []
+    for ranks_per_node, plan in (("2", "flat"), ("1", "flat"), ("1", "auto"), ("2", "flat")):
+        os.environ.update(LOCMOE_RANKS_PER_NODE=ranks_per_node, LOCMOE_PLAN=plan)
+        layer, _ = one_layer(dict(backend="locmoe"))
+        group = layer.resources.group
+        found.append((layer.peers.topology.num_nodes, group_topology(group).num_nodes, group._plan))
+        groups.append(group)
+    return found, [groups.index(group) for group in groups]
+
+
+def test_a_later_model_of_the_process_has_its_own_nodes_and_plan():
+    """The mesh's group is the default group for all of them."""
+    expected = [(1, 1, "flat"), (2, 2, "flat"), (2, 2, "auto"), (1, 1, "flat")]
+    assert run_ranks(layers_of_other_runs, 2) == [(expected, [0, 1, 2, 0])] * 2
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

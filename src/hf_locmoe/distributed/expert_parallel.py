@@ -24,8 +24,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
+from .backend import PLAN_VARIABLE
 from .dispatch import Capacity, FanOut, Peers, plan_dispatch
 from .exchange_clock import ExchangeClock
+from .failure import TIMEOUT_VARIABLE
 from .launch_environment import RANKS_PER_NODE_VARIABLE
 from .overlap import CostModel, run_sliced
 from .recomputation import Recomputation
@@ -172,7 +174,7 @@ class _GroupResources:
 
 
 # Keyed by the mesh's group, so that the groups made for it live exactly as long.
-_resources: WeakKeyDictionary[Any, dict[str | None, _GroupResources]] = WeakKeyDictionary()
+_resources: WeakKeyDictionary[Any, dict[tuple[str | None, ...], _GroupResources]] = WeakKeyDictionary()
 
 
 def job_topology() -> NodeTopology:
@@ -190,7 +192,10 @@ def job_topology() -> NodeTopology:
 def _resources_of(mesh_group: Any, backend: str | None) -> _GroupResources:
     """Collective over the group the first time: makes the node's group, and with `backend` the exchange's own."""
     known = _resources.setdefault(mesh_group, {})
-    if backend not in known:
+    # A mesh over all ranks is the default group's, of which a process that builds several models has but one: what its groups
+    # are made from must not be what it was for an earlier model.
+    made_from = (backend, *map(os.environ.get, (RANKS_PER_NODE_VARIABLE, PLAN_VARIABLE, TIMEOUT_VARIABLE)))
+    if made_from not in known:
         ranks = dist.get_process_group_ranks(mesh_group)
         job = job_topology()
         topology = job.subset(ranks)
@@ -202,10 +207,10 @@ def _resources_of(mesh_group: Any, backend: str | None) -> _GroupResources:
         node_group = None
         if 1 < len(node_ranks) < len(ranks):
             node_group = dist.new_group(node_ranks, use_local_synchronization=True)
-        known[backend] = _GroupResources(
+        known[made_from] = _GroupResources(
             group, node_group, topology, rank, tuple(job.node_of_rank(member) for member in ranks)
         )
-    return known[backend]
+    return known[made_from]
 
 
 class LocMoeEP(EPImplementation):

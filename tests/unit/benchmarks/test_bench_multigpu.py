@@ -11,7 +11,7 @@ from benchmarks.bench_multigpu import PARTS, Part
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["step", "step-2", "overlap", "nodes"])
+@pytest.mark.parametrize("part", ["step", "step-quick", "step-2", "overlap", "nodes"])
 def test_a_part_runs_and_all_ways_agree(part, tmp_path):
     bench_multigpu.main(["--parts", part, "--device", "cpu", "--hardware", "cpu", "--output", str(tmp_path)])
     (path,) = tmp_path.glob("*.json")
