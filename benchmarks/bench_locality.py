@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -72,7 +73,7 @@ def train_part(args: argparse.Namespace, started_s: float) -> int:
         results, failed, decided = run_jobs(todo, setup, plan)
     parts = load(args.data, setup.sequence_length)
     about = {
-        "command": "python -m benchmarks.bench_locality " + " ".join(sys.argv[1:]),
+        "command": command_of(sys.argv[1:]),
         "hardware": hardware(),
         "versions": versions(),
         "commit": commit(),
@@ -94,17 +95,24 @@ def train_part(args: argparse.Namespace, started_s: float) -> int:
     return 1 if failed else 0
 
 
+def command_of(argv: list[str]) -> str:
+    """How to ask again: the arguments, absolute paths by their last name."""
+    named = [Path(argument).name if argument.startswith("/") else argument for argument in argv]
+    return shlex.join(["python", "-m", "benchmarks.bench_locality", *named])
+
+
 def measure_part(args: argparse.Namespace, argv: list[str]) -> int:
     """Measures the trained rows on the emulated cluster and writes the tables; with `--dry`, prints them."""
     trained = json.loads((args.trained / TRAINED).read_text())
     topologies = [Topology.parse(text) for text in args.topologies]
     links = [Link(rate) for rate in args.links]
-    command = " ".join(["python -m benchmarks.bench_locality", *argv])
+    command = command_of(argv)
     where = {"directory": args.output} if args.output else {}
     record = training_record(trained, topologies)
     print(record.table())
     if not args.dry:
-        print(record.write(args.trained_on, **where, about=trained))
+        about = {key: trained[key] for key in ("date", "commit", "hardware", "versions")}
+        print(record.write(args.trained_on, **where, about=about))
     runs = unpack(args.trained)
     is_right = True
     for topology in topologies:
