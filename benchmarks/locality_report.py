@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -309,6 +310,22 @@ def _judged(name: str, right: dict[str, dict], quality: Quality, topology: Topol
     return lines
 
 
+def noise(table: list[dict], found: dict[str, Quality], links: list[Link]) -> list[str]:
+    """What the same work took twice: rows whose placement of experts moved nothing are the same training."""
+    right = {row["variant"]: row for row in table if row["correct"]}
+    lines = []
+    for one, other in itertools.combinations([name for name in right if name in found], 2):
+        is_same = (found[one].losses, found[one].local_share) == (found[other].losses, found[other].local_share)
+        if is_same and ROUTINGS[one].places_batches == ROUTINGS[other].places_batches:
+            ratios = [right[other][f"seconds {link}"].median / right[one][f"seconds {link}"].median for link in links]
+            lines.append(
+                f"`{one}` and `{other}` came to the same training, and do the same work: the medians' ratio, "
+                + ", ".join(f"{ratio:.2f} at {link}" for ratio, link in zip(ratios, links, strict=True))
+                + ", is noise."
+            )
+    return lines
+
+
 def _less(part: float) -> str:
     return f"{100 * part:.0f} % less" if part >= 0 else f"{-100 * part:.0f} % more"
 
@@ -380,6 +397,7 @@ def measured_record(
         columns=columns,
         notes=[
             *verdicts(table, found, topology, links),
+            *noise(table, found, links),
             "Rows without another word: layout `spread` (dense layers sharded in a node and copied over nodes, experts over "
             "all ranks) with our exchange, float32 on the wire. `upstream's sharded`: everything over all ranks, transformers' "
             "flat all_to_all. `upstream's replicated`: a copy of all experts on every node.",

@@ -6,11 +6,21 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.bench_locality import command_of
 from benchmarks.cluster import Link
 from benchmarks.locality_data import cut
 from benchmarks.locality_jobs import compressed, pack, restored, steps_within, unpack
 from benchmarks.locality_measure import Variant, merge, permuted, rank_of_expert, variants
-from benchmarks.locality_report import best_row, measured_rows, qualities, verdicts
+from benchmarks.locality_report import (
+    aimed_row,
+    best_row,
+    findings,
+    frontier,
+    measured_rows,
+    noise,
+    qualities,
+    verdicts,
+)
 from benchmarks.locality_rows import AIMS, COSINE, MU, ROUTINGS, Routing, Setup, Topology, jobs
 from benchmarks.locality_train import Nodes, TiersOfAllRanks, Training, load_cv
 from hf_locmoe.moe.losses import locality_loss
@@ -315,6 +325,63 @@ def test_ratios_are_to_the_fastest_of_hash_switch_and_upstream_and_aims_are_judg
     # of 0.8 s above computation 0.5 are saved, and the limit saves 0.6 of 1.0
     assert "62 % are saved" in text and "save of a step is 60 %" in text
     assert "disagree" not in text
+
+
+def test_the_row_with_the_share_that_was_aimed_at_is_judged_by_its_price():
+    found = qualities(RESULTS, TWO)
+    assert aimed_row(found, list(found), TWO) == "loss 0.1 + batches"
+    assert aimed_row(found, ["loss + batches", "all local", "none"], TWO) is None
+    chosen = [Variant(name) for name in ("hash", "loss + batches", "loss 0.1 + batches")]
+    chosen += [Variant(name, wire_dtype="bfloat16") for name in ("hash", "loss 0.1 + batches")]
+    chosen += [Variant("none", "replicated", "all_to_all")]
+    by_name = {v.name: measured(1.0, share=0.9) for v in chosen}
+    by_name["loss 0.1 + batches, bfloat16 on the wire"] = measured(0.5, share=0.9)
+    by_name["hash, bfloat16 on the wire"] = measured(0.8)
+    truths = dict.fromkeys([*by_name, "none"], 3.0)
+    link = Link("200mbit")
+    lines = verdicts(measured_rows(chosen, [link], {"200mbit": by_name}, truths, found, 1, {}), found, TWO, [link])
+    assert "Best row at no loss in quality: `loss + batches`." in lines
+    judged = " ".join(
+        lines[lines.index("Cheapest row with the node-local share that is the aim: `loss 0.1 + batches`.") :]
+    )
+    assert "0.900 measured: reached" in judged and "seed by seed +0.100 / +0.100): missed" in judged
+    assert (
+        "on the wire: 50 % less time" in judged and "38 % less than `hash, bfloat16 on the wire`; aim 40 %" in judged
+    )
+
+
+def test_what_the_trainings_say_as_a_whole():
+    rows = results(
+        **{
+            "none": (0.5, [3.0, 3.1]),
+            "hash": (0.5, [2.9, 3.0]),
+            "loss + batches": (0.8, [3.0, 3.12]),
+            "loss 0.1 + batches": (0.78, [3.1, 3.2]),
+            "all local": (1.0, [3.5, 3.6]),
+        }
+    )
+    assert frontier(qualities(rows, TWO)) == ["none", "loss + batches", "all local"]
+    curve = [{"step": 10, "validation_loss": 3.4}, {"step": 20, "validation_loss": 3.1}]
+    text = " ".join(findings([row | {"curve": curve} for row in rows], [TWO, FOUR]))
+    assert "0.80 at +0.010 (`loss + batches`)" in text and "4x1" not in text
+    assert "`hash` is 0.100 nats below `none`" in text and "last 10 steps `none` still fell by 0.300" in text
+    # three rows train by themselves, and one of them scatters: its differences are 0.00 and 0.02
+    assert "scatters by 0.008 nats" in text and "some 3 seeds" in text
+
+
+def test_the_same_work_twice_is_noise():
+    twice = results(none=(0.5, [3.0]), **{"loss + batches": (0.8, [3.1]), "loss + batches + experts": (0.8, [3.1])})
+    found, link = qualities(twice, TWO), Link("200mbit")
+    chosen = [Variant(name) for name in found]
+    by_name = {"none": measured(1.0), "loss + batches": measured(1.0), "loss + batches + experts": measured(1.1)}
+    rows = measured_rows(chosen, [link], {"200mbit": by_name}, dict.fromkeys(found, 3.0), found, 1, {})
+    (line,) = noise(rows, found, [link])
+    assert "1.10 at 200mbit, is noise" in line
+
+
+def test_commands_name_no_folders_of_a_machine():
+    command = command_of(["--trained", "/some/where/out", "--rows", "loss + batches"])
+    assert command == "python -m benchmarks.bench_locality --trained out --rows 'loss + batches'"
 
 
 def test_a_row_with_another_loss_than_one_process_gets_no_speed_and_sets_no_standard():
