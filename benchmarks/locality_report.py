@@ -145,14 +145,19 @@ def findings(results: list[dict[str, Any]], topologies: list[Topology]) -> list[
         if "hash" in found:
             ahead = statistics.fmean(found["none"].losses) - statistics.fmean(found["hash"].losses)
             notes.append(f"{topology}: `hash` is {ahead:.3f} nats below `none` after so short a training.")
-    pairs = [found.differences for topology in topologies for found in qualities(results, topology).values()]
+    pairs = [
+        quality.differences
+        for topology in topologies
+        for name, quality in qualities(results, topology).items()
+        if ROUTINGS[name].gate in REFERENCE
+    ]
     scattered = [statistics.variance(values) for values in pairs if len(values) > 1 and any(values)]
     if scattered:
         scatter = math.sqrt(statistics.fmean(scattered))
         needed = math.ceil((scatter / (LOSS_AIM / 2)) ** 2)
         notes.append(
-            f"One paired difference scatters by {scatter:.3f} nats from seed to seed (root mean variance of all rows that train "
-            f"by themselves): to know a difference to ± {LOSS_AIM} (two standard errors) takes some {needed} seeds."
+            f"One paired difference scatters by {scatter:.3f} nats from seed to seed (root mean variance of the rows that train "
+            f"by themselves and have their own gate for reference): to know a difference to ± {LOSS_AIM} (two standard errors) takes some {needed} seeds."
         )
     curves = [run["curve"] for run in results if run["routing"] == "none" and run.get("curve")]
     if curves and all(len(curve) > 1 for curve in curves):
