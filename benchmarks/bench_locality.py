@@ -5,7 +5,8 @@
 
 trains every row of the table (`--parts train`: on all GPUs, or on the CPU) and measures the trained routers on the emulated
 cluster (`--parts measure`: real ranks, shaped links, the interfaces' own counters). The halves can run on different machines:
-the first leaves everything the second needs in the folder `--trained`.
+the first leaves everything the second needs in the folder `--trained`. `--parts report` writes the tables again from the raw
+measurements in the results.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from pathlib import Path
 from benchmarks.cluster import Link
 from benchmarks.locality_data import load, prepare
 from benchmarks.locality_jobs import Plan, devices, pack, run_jobs, unpack, write_results
-from benchmarks.locality_measure import LEARNING_RATE, TEXT_SEED, measure, truth, variants, worker
+from benchmarks.locality_measure import LEARNING_RATE, TEXT_SEED, Variant, measure, truth, variants, worker
 from benchmarks.locality_report import measured_record, measured_rows, qualities, training_record
 from benchmarks.locality_rows import ROUTINGS, Setup, Topology, jobs
-from benchmarks.record import Load, commit, hardware, versions
+from benchmarks.record import RESULTS, Load, Record, commit, hardware, versions
 
 
 MEASURED = (
@@ -72,7 +73,7 @@ def train_part(args: argparse.Namespace, started_s: float) -> int:
     with Load() as busy:
         results, failed, decided = run_jobs(todo, setup, plan)
     parts = load(args.data, setup.sequence_length)
-    about = {
+    found = {
         "command": command_of(sys.argv[1:]),
         "hardware": hardware(),
         "versions": versions(),
@@ -86,7 +87,7 @@ def train_part(args: argparse.Namespace, started_s: float) -> int:
         "text_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest(),
         "seconds": round(time.monotonic() - started_s, 1),
     }
-    write_results(args.trained / TRAINED, {**about, "failed": failed, "results": results})
+    write_results(args.trained / TRAINED, {**found, "failed": failed, "results": results})
     pack(scratch, args.trained)
     shutil.rmtree(scratch)
     for text in failed:
@@ -95,10 +96,10 @@ def train_part(args: argparse.Namespace, started_s: float) -> int:
     return 1 if failed else 0
 
 
-def command_of(argv: list[str]) -> str:
+def command_of(argv: list[str], module: str = "benchmarks.bench_locality") -> str:
     """How to ask again: the arguments, absolute paths by their last name."""
     named = [Path(argument).name if argument.startswith("/") else argument for argument in argv]
-    return shlex.join(["python", "-m", "benchmarks.bench_locality", *named])
+    return shlex.join(["python", "-m", module, *named])
 
 
 def measure_part(args: argparse.Namespace, argv: list[str]) -> int:
@@ -111,13 +112,11 @@ def measure_part(args: argparse.Namespace, argv: list[str]) -> int:
     record = training_record(trained, topologies)
     print(record.table())
     if not args.dry:
-        about = {key: trained[key] for key in ("date", "commit", "hardware", "versions")}
-        print(record.write(args.trained_on, **where, about=about))
+        print(record.write(args.trained_on, **where, about=about(trained)))
     runs = unpack(args.trained)
     is_right = True
     for topology in topologies:
         kept = [name for name in MEASURED if name in args.rows and f"{topology} {name}" in runs]
-        found = qualities(trained["results"], topology)
         chosen = variants(kept, [name for name in kept if name in args.wire_rows])
         setup = Setup(**runs[f"{topology} {kept[0]}"]["setup"])
         part = load(args.data, setup.sequence_length)["train"]
@@ -125,8 +124,6 @@ def measure_part(args: argparse.Namespace, argv: list[str]) -> int:
         truths = {name: truth(runs[f"{topology} {name}"], ROUTINGS[name], first) for name in kept}
         with Load() as busy:
             measured = measure(topology, chosen, links, args.trained, args.data, args.warmup, args.repeats)
-        shares = {name: runs[f"{topology} {name}"]["result"]["local_share"] for name in kept}
-        table = measured_rows(chosen, links, measured, truths, found, args.warmup, shares)
         config = {
             **dataclasses.asdict(setup),
             "nodes": topology.nodes,
@@ -138,19 +135,57 @@ def measure_part(args: argparse.Namespace, argv: list[str]) -> int:
             "trained_at": trained["commit"],
             "cores": os.cpu_count(),
         }
-        record = measured_record(
-            topology, links, table, found, trained, config, command, busy.result(), {"truth": truths, **measured}
-        )
+        raw = {"truth": truths, **measured}
+        record = tables(topology, config, raw, trained, command, busy.result(), args.seeds[0])
         print(record.table(), *record.notes, sep="\n")
-        is_right = is_right and all(row["correct"] for row in table)
+        is_right = is_right and all(row["correct"] for row in record.rows)
         if not args.dry:
             print(record.write(args.hardware, **where))
     return 0 if is_right else 1
 
 
+def tables(
+    topology: Topology, config: dict, raw: dict, trained: dict, command: str, load_: dict, saved_seed: int
+) -> Record:
+    """What a topology's record says of its raw measurements."""
+    links = [Link(rate) for rate in config["links"]]
+    kept = list(raw["truth"])
+    found = qualities(trained["results"], topology)
+    halved = [name for name in kept if Variant(name, wire_dtype="bfloat16").name in raw[str(links[0])]]
+    chosen = variants(kept, halved)
+    shares = {
+        result["routing"]: result["local_share"]
+        for result in trained["results"]
+        if result["topology"] == str(topology) and result["seed"] == saved_seed
+    }
+    rows = measured_rows(chosen, links, raw, raw["truth"], found, config["warmup"], shares)
+    return measured_record(topology, links, rows, found, trained, config, command, load_, raw)
+
+
+def report_part(args: argparse.Namespace) -> int:
+    """Writes the tables again from the raw measurements of the newest results: nothing is measured."""
+    trained = json.loads((args.trained / TRAINED).read_text())
+    where = args.output or RESULTS
+    topologies = [Topology.parse(text) for text in args.topologies]
+    record = training_record(trained, topologies)
+    print(record.write(args.trained_on, where, about=about(trained)))
+    for topology in topologies:
+        path = max(where.glob(f"locality_{topology}_{args.hardware}_*.json"))
+        old = json.loads(path.read_text())
+        raw = old["extra"]["raw"]
+        record = tables(topology, old["config"], raw, trained, old["command"], old["load"], args.seeds[0])
+        print(record.write(args.hardware, where, about=about(old)))
+    return 0
+
+
+def about(record: dict) -> dict:
+    """When and where something was found."""
+    return {key: record[key] for key in ("date", "commit", "hardware", "versions")}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_locality", description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["train", "measure"], choices=["train", "measure"])
+    parser.add_argument("--parts", nargs="+", default=["train", "measure"], choices=["train", "measure", "report"])
     parser.add_argument("--rows", nargs="+", default=list(ROUTINGS), choices=list(ROUTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--topologies", nargs="+", default=["2x2", "4x1"])
@@ -194,6 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         status = train_part(args, started_s)
     if "measure" in args.parts and not status:
         status = measure_part(args, argv if argv is not None else sys.argv[1:])
+    if "report" in args.parts and not status:
+        status = report_part(args)
     return status
 
 

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks import workload
 from benchmarks.bench_step import _keep_priority
 from benchmarks.cluster import Cluster, Counters, Link, run_on_nodes
+from benchmarks.gloo_device import share_gloo_device
 from benchmarks.locality_data import load
 from benchmarks.locality_jobs import unpack
 from benchmarks.locality_rows import ROUTINGS, Routing, Setup, Topology, config_of
@@ -267,6 +268,7 @@ def worker(job: dict[str, Any], output: Path) -> None:
     """One rank: all variants, taking turns. Rank 0 writes what was measured."""
     torch.set_num_threads(1)
     _keep_priority()
+    share_gloo_device()  # or the threads of all variants' groups take time from each
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     topology = Topology(**job["topology"])
     rank, steps = dist.get_rank(), job["warmup"] + job["repeats"]
