@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from benchmarks.bench_locality import command_of
+from benchmarks.bench_locality import command_of, main, tables
 from benchmarks.cluster import Link
+from benchmarks.gloo_device import share_gloo_device
 from benchmarks.locality_data import cut
 from benchmarks.locality_jobs import compressed, pack, restored, steps_within, unpack
 from benchmarks.locality_measure import Variant, merge, permuted, rank_of_expert, variants
@@ -23,7 +28,9 @@ from benchmarks.locality_report import (
 )
 from benchmarks.locality_rows import AIMS, COSINE, MU, ROUTINGS, Routing, Setup, Topology, jobs
 from benchmarks.locality_train import Nodes, TiersOfAllRanks, Training, load_cv
+from benchmarks.record import hardware, versions
 from hf_locmoe.moe.losses import locality_loss
+from tests.harness import run_ranks
 from tests.tolerances import assert_close
 
 
@@ -322,8 +329,9 @@ def test_ratios_are_to_the_fastest_of_hash_switch_and_upstream_and_aims_are_judg
     text = " ".join(lines)
     assert "aim 0.85: 0.800 trained" in text and "missed" in text
     assert "50 % less time" in text and "aim 40 %: reached" in text
-    # of 0.8 s above computation 0.5 are saved, and the limit saves 0.6 of 1.0
-    assert "62 % are saved" in text and "save of a step is 60 %" in text
+    # 0.8 s are above computation; with no token leaving 0.2 are left, and 20 MB at 25 MB/s
+    assert "above it are 0.80 s with `hash`, 0.30 s with `loss + batches`, 0.20 s with no token leaving" in text
+    assert "(0.80 s of these are bytes" in text and "save 60 % of a step at most; `loss + batches` saves 50 %" in text
     assert "disagree" not in text
 
 
@@ -388,3 +396,49 @@ def test_a_row_with_another_loss_than_one_process_gets_no_speed_and_sets_no_stan
     rows, _ = table_of({"hash": 1.0, "loss + batches": 0.5}, {"hash": 3.001})
     assert not rows["hash"]["correct"] and not [key for key in rows["hash"] if key.startswith("seconds")]
     assert rows["loss + batches"]["to baseline 200mbit"] == 0.25
+
+
+def test_tables_again_from_raw_measurements(tmp_path):
+    """`report` comes to the record of the measurement, and says when and where that was."""
+    raw = {"truth": {"hash": 3.0, "none": 3.0, "loss + batches": 3.0}}
+    chosen = variants(["hash", "none", "loss + batches"], ["hash"])
+    raw["200mbit"] = {variant.name: measured(1.0 + index) for index, variant in enumerate(chosen)}
+    run = {"curve": [{"step": 10, "validation_loss": 3.4}, {"step": 20, "validation_loss": 3.1}]}
+    found = {"date": "2000-01-01", "commit": "abc", "hardware": hardware(), "versions": versions()}
+    trained = {
+        **found,
+        "command": "trained",
+        "setup": vars(SMALL),
+        "tokens": 1,
+        "domains": [],
+        "load": {},
+        "decided": {},
+        "text_sha256": "0",
+        "failed": [],
+        "results": [row | run for row in RESULTS],
+    }
+    (tmp_path / "locality_trained.json").write_text(json.dumps(trained))
+    config = {**vars(SMALL), "links": ["200mbit"], "warmup": 1, "cores": 2, "learning_rate": 0.1}
+    first = tables(TWO, config, raw, trained, "measured", {"nice": 0}, 0)
+    assert [row["variant"] for row in first.rows] == [variant.name for variant in chosen]
+    path = first.write("here", tmp_path, about=found)
+    text = path.read_text()
+    path.write_text("")
+    arguments = ["--parts", "report", "--trained", str(tmp_path), "--output", str(tmp_path), "--topologies", "2x2"]
+    assert main([*arguments, "--hardware", "here"]) == 0
+    assert path.read_text() == text and "2000-01-01" in text and "`measured`" in text
+
+
+def _shared_device() -> tuple[float, int]:
+    share_gloo_device()
+    dist.init_process_group("gloo")
+    total = torch.ones(1)
+    for _ in range(6):
+        dist.all_reduce(total, group=dist.new_group([0, 1]))
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    dist.destroy_process_group()
+    return total.item(), names.count("gloo_tcp_loop")
+
+
+def test_groups_share_one_gloo_device():
+    assert run_ranks(_shared_device, 2, init=False) == [(64.0, 1)] * 2
