@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
+from hf_locmoe.distributed import parallel_run
 from hf_locmoe.distributed.layouts import (
     LAYOUTS,
     LayoutCost,
@@ -21,6 +24,7 @@ from hf_locmoe.distributed.layouts import (
     with_spread_layout,
 )
 from hf_locmoe.distributed.topology import NodeTopology
+from hf_locmoe.training.accelerate_plugin import LocMoePlugin
 from tests.distributed.expert_parallel_runs import Variant, compare, full_model, tiny_config
 from tests.harness import run_ranks
 from tests.tolerances import TOLERANCES
@@ -204,3 +208,35 @@ def test_few_tokens_spread_the_experts_and_many_replicate_them():
     size = ModelSize(10**9, 7 * 10**9, 16, 64, 8, 2048)
     for tokens_per_rank, expected in ((512, "spread"), (65536, "replicated")):
         assert choose_layout(predict_layouts(size, topology, tokens_per_rank))[0] == expected
+
+
+CHOICES = {
+    "spread": dict(tokens_per_rank=512),
+    "replicated": dict(tokens_per_rank=65536),
+    "sharded": dict(tokens_per_rank=65536, memory_limit_gb=34.0),  # of the 32 that it needs, the others 36 and 64
+}
+
+
+def chosen():
+    """What `"auto"` comes to on this rank, as sizes, and what this rank says about it."""
+    size = ModelSize(10**9, 7 * 10**9, 16, 64, 8, 2048)
+    choices = []
+    for choice in CHOICES.values():
+        with patch.object(parallel_run.logger, "warning") as warning:
+            config = LocMoePlugin(layout="auto", **choice).distributed_config(size)
+        sizes = (type(config), config.dp_replicate_size, config.fsdp_size, config.ep_size)
+        choices.append((sizes, [call.args[0] for call in warning.call_args_list]))
+    return choices
+
+
+@pytest.mark.multiprocess
+def test_auto_is_the_same_on_all_ranks_and_said_by_the_first():
+    first, *others = run_ranks(chosen, 4, env={"LOCMOE_RANKS_PER_NODE": "2"})
+    topology = NodeTopology.from_ranks_per_node(2, 4)
+    for (sizes, (said,)), layout in zip(first, CHOICES, strict=True):
+        expected = layout_config(layout, topology, 64)
+        assert sizes == (type(expected), expected.dp_replicate_size, expected.fsdp_size, expected.ep_size)
+        assert said.startswith(f'layout: "{layout}" sends least between nodes')
+    for other in others:
+        assert [sizes for sizes, _ in other] == [sizes for sizes, _ in first]
+        assert [said for _, said in other] == [[]] * len(CHOICES)
