@@ -127,7 +127,7 @@ def check_field_names(fields: dict[str, Any], model_type: str) -> None:
     default = AutoConfig.for_model(model_type)
     known = set(default.to_dict())
     for name in fields:
-        if hasattr(default, name):
+        if hasattr(default, name) or hasattr(default, f"_{name}"):  # `experts_implementation`, kept under `_`
             continue
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         if close:

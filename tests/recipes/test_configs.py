@@ -89,6 +89,11 @@ def test_one_gpu_is_about_a_billion():
     assert total * 8 < 45e9  # bytes of weights, gradients and two moments in bfloat16
 
 
+def test_one_gpu_runs_on_the_fast_experts(caplog):
+    assert config_of("one_gpu_1b")._experts_implementation == "capacity_bmm"
+    assert "experts_implementation" not in caplog.text
+
+
 def test_paper_is_the_paper_s():
     config = config_of("paper")
     paper = LocMoeConfig.paper()

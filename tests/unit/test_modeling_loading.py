@@ -238,6 +238,22 @@ def test_config_round_trip(tmp_path):
     assert first == second
 
 
+def test_experts_implementation_is_chosen_where_the_model_is_made_and_not_saved(tmp_path):
+    chosen = {"experts_implementation": "capacity_bmm"}
+    model = LocMoeForCausalLM(tiny_config(**chosen))
+    model.save_pretrained(tmp_path)
+    models = [
+        model,
+        AutoModelForCausalLM.from_config(tiny_config(), **chosen),
+        AutoModelForCausalLM.from_config(tiny_config(**chosen)),
+        AutoModelForCausalLM.from_pretrained(tmp_path, **chosen),
+    ]
+    for each in models:
+        assert each.sparse_blocks[0].experts.config._experts_implementation == "capacity_bmm"
+    default = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert default.sparse_blocks[0].experts.config._experts_implementation == "grouped_mm"
+
+
 def test_nothing_of_the_run_is_in_config_json(saved):
     _, path = saved
     fields = json.loads((path / "config.json").read_text())
