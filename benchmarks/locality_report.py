@@ -369,7 +369,7 @@ def _what_is_in_the_way(right: dict[str, dict], name: str, shaped: Link) -> list
         if saved
         else f". Against `{base_name}` routing can save nothing"
     )
-    return [text + f"; `{name}` saves {100 * (base - mine) / base:.0f} %."]
+    return [text + f"; `{name}` takes {_less((base - mine) / base)}."]
 
 
 def measured_record(

@@ -331,7 +331,10 @@ def test_ratios_are_to_the_fastest_of_hash_switch_and_upstream_and_aims_are_judg
     assert "50 % less time" in text and "aim 40 %: reached" in text
     # 0.8 s are above computation; with no token leaving 0.2 are left, and 20 MB at 25 MB/s
     assert "above it are 0.80 s with `hash`, 0.30 s with `loss + batches`, 0.20 s with no token leaving" in text
-    assert "(0.80 s of these are bytes" in text and "save 60 % of a step at most; `loss + batches` saves 50 %" in text
+    assert (
+        "(0.80 s of these are bytes" in text
+        and "save 60 % of a step at most; `loss + batches` takes 50 % less." in text
+    )
     assert "disagree" not in text
 
 
