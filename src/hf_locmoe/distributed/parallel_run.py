@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+from .adapter_shapes import fit_adapters_to_replicas
 from .expert_parallel import (
     ExpertParallelOptions,
     expert_parallel_layers,
@@ -313,6 +314,7 @@ def model_size(model_class: type, config: Any) -> ModelSize:
 
 def join_run(model: Any) -> None:
     """What a sharded model has to know of the run: whose router statistics it shares, and which experts are near."""
+    fit_adapters_to_replicas()
     base_model = model.base_model
     if not hasattr(base_model, "router_scope"):
         return
