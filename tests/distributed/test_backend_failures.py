@@ -2,6 +2,7 @@
 """A lost, stalled or late rank, a fork, ranks that disagree: an error on every surviving rank that says who and where."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -100,6 +101,30 @@ def test_a_stalled_rank_is_named_and_told_that_it_came_too_late():
         assert "lost or stalled: rank 2 (node 1)." in messages[rank]
         assert "`LOCMOE_TIMEOUT_S` (5)" in messages[rank]
     assert "failed on rank 2 (node 1)" in messages[2]
+
+
+def _lose_a_rank_in_a_model():
+    """With the plugin's defaults but for the timeout: the exchange of an MoE layer is the first to meet the loss."""
+    from transformers import AutoModelForCausalLM
+
+    from hf_locmoe.training.accelerate_plugin import LocMoePlugin
+    from tests.tiny_models import random_ids, tiny_config
+
+    LocMoePlugin(layout="spread", timeout_s=5).activate()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config())
+    ids = random_ids()
+    model(ids, labels=ids).loss.backward()
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _message(lambda: model(ids, labels=ids))
+
+
+def test_a_rank_that_is_lost_in_a_forward_is_named_with_the_layer():
+    message, _ = run_ranks(_lose_a_rank_in_a_model, 2, env={"LOCMOE_RANKS_PER_NODE": "1"}, may_die=[1], timeout_s=60)
+    assert re.search(r"in MoE layer \d+ failed on rank 0 \(node 0\): lost or stalled: rank 1 \(node 1\)\.", message), (
+        message
+    )
 
 
 def _lose_a_node():

@@ -142,6 +142,48 @@ def test_generation_with_uneven_prompts_equals_one_process():
     assert run_ranks(generate, 4, env={"LOCMOE_RANKS_PER_NODE": "2"}) == [True] * 4
 
 
+# ---- a rank without a token of its own ------------------------------------------------------------------------------
+
+
+def without_tokens(options):
+    """Outputs and gradients of rank 0, whose tokens are the only ones, and the gradients of the experts of both ranks."""
+    layer, _ = one_layer(options)
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter.mul_(0.25)  # to the square root of the width: gradients about 1
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    tokens, weights, index = torch.randn(7, 16), torch.rand(7, 2), torch.rand(7, 4).argsort(1)[:, :2]
+    kept = 7 if rank == 0 else 0
+    leaves = [tokens[:kept].clone().requires_grad_(), weights[:kept].clone().requires_grad_()]
+    output = layer(leaves[0], index[:kept], leaves[1])
+    output.square().sum().backward()
+    layer.experts.eval()
+    with torch.no_grad():
+        evaluated = layer(leaves[0], index[:kept], leaves[1])
+    torch.testing.assert_close(evaluated, output, **TOLERANCES[torch.float32])
+    assert output.shape == (kept, 16)
+    # the truth: the experts of both ranks in one place
+    whole = OlmoeExperts(layer.experts.config)
+    for name, parameter in layer.experts.named_parameters():
+        parts = [torch.empty_like(parameter) for _ in range(2)]
+        dist.all_gather(parts, parameter.detach())
+        setattr(whole, name, torch.nn.Parameter(torch.cat(parts)))
+    truth = [tokens.clone().requires_grad_(), weights.clone().requires_grad_()]
+    expected = whole(truth[0], index, truth[1])
+    expected.square().sum().backward()
+    for got, wanted in zip([output, *(leaf.grad for leaf in leaves)], [expected, *(leaf.grad for leaf in truth)]):
+        torch.testing.assert_close(got, wanted[:kept], **TOLERANCES[torch.float32])
+    for name, parameter in layer.experts.named_parameters():
+        wanted = whole.get_parameter(name).grad.chunk(2)[rank]
+        torch.testing.assert_close(parameter.grad, wanted, **TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("options", [SLICED, PLAIN], ids=["sliced", "plain"])
+def test_a_rank_without_a_token_of_its_own(options):
+    run_ranks(without_tokens, 2, options, env={"LOCMOE_RANKS_PER_NODE": "1"})
+
+
 # ---- recomputation --------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_locmoe import LocMoeConfig, LocMoeForCausalLM
+from hf_locmoe.launch import plugin_of
 from tests.tolerances import assert_close
 
 
@@ -31,7 +32,7 @@ if os.environ["FROM"] == "checkpoint":
     model = AutoModelForCausalLM.from_pretrained(source)
 else:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data)
+trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data.select(range(30)))
 trainer.train()
 metrics = trainer.evaluate()
 trainer.save_model(args.output_dir)
@@ -135,7 +136,7 @@ def run(
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     arguments = (
         f"--output_dir {output} --max_steps 3 --logging_steps 1 --report_to none --save_strategy no --learning_rate 1e-2 "
-        f"--lr_scheduler_type constant --disable_tqdm True --per_device_train_batch_size {batch} "
+        f"--lr_scheduler_type constant --disable_tqdm True --per_device_train_batch_size {batch} --per_device_eval_batch_size {batch} "
         f"--gradient_accumulation_steps 2 --use_cpu True" + (f" --resume_from_checkpoint {resume}" if resume else "")
     ).split()
     done = subprocess.run(
@@ -188,10 +189,11 @@ def same_training(spread: dict, alone: dict) -> None:
         assert (spread["weights"][name] - weight).abs().float().mean() < 1e-4, name
 
 
-def launch(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+def launch(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "hf_locmoe.launch", *arguments],
         env={**os.environ, **env},
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=120,
@@ -211,6 +213,22 @@ def test_arguments_traceback_and_exit_code_are_the_scripts(tmp_path):
     done = launch(str(script), "fail")
     assert done.returncode == 1
     assert re.search(r'script.py", line 7, in <module>\n.*\nKeyError: \'named\'', done.stderr)
+
+
+def test_a_module_runs_as_one(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "script.py").write_text("import sys\nprint(sys.argv[1:], __name__, __package__)\n")
+    done = launch("-m", "package.script", "--one", "-m", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "['--one', '-m'] __main__ package" in done.stdout
+
+
+def test_the_environment_goes_before_the_plugins_file(tmp_path, monkeypatch):
+    file = tmp_path / "plugin.yaml"
+    file.write_text("layout: spread\nslices: 2\n")
+    monkeypatch.setenv("LOCMOE_SLICES", "4")
+    plugin = plugin_of(str(file))
+    assert (plugin.layout, plugin.slices) == ("spread", "4")
 
 
 def test_what_is_missing_is_named():
