@@ -19,6 +19,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import shutil
 import signal
 import tempfile
 import threading
@@ -37,6 +38,8 @@ import torch.distributed as dist
 _PRELOAD = ["torch", "torch.distributed", "transformers.trainer", "accelerate", "hf_locmoe"]
 _SETTLE_S = 0.5  # after the first failure: time for the other ranks to tell theirs, so that the first cause is found
 _TEARDOWN_S = 10.0
+# A folder in which the whole output of ranks that failed or hung is kept, thread dumps included.
+LOGS_VARIABLE = "LOCMOE_TEST_LOGS"
 
 
 class RankError(RuntimeError):
@@ -103,7 +106,8 @@ def run_ranks(
             them: their result is None.
 
     Raises:
-        RankError: when a rank raised, died or did not finish in time.
+        RankError: when a rank raised, died or did not finish in time. `LOCMOE_TEST_LOGS` names a folder that then keeps
+            the whole output of every rank.
     """
     call = pickle.dumps((fn, args))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -117,7 +121,11 @@ def run_ranks(
                 options = {"init": init, "device": device, "timeout_s": timeout_s, "log": str(logs[rank])}
                 options["backend"] = backend or {"cpu": "gloo", "cuda": "nccl"}[device]
                 ranks.append(_start(rank, call, environ, options))
-            results = _collect(ranks, logs, timeout_s, frozenset(may_die))
+            try:
+                results = _collect(ranks, logs, timeout_s, frozenset(may_die))
+            except RankError:
+                _keep(logs, getattr(fn, "__name__", "ranks"))
+                raise
             teardown_s = (
                 _TEARDOWN_S  # all is well: the ranks may close their groups; otherwise they are killed at once
             )
@@ -274,6 +282,15 @@ def _timeout_error(hanging: list[_Rank], finished: list[int], logs: list[Path], 
 def _log_tail(rank: int, logs: list[Path], length: int = 4000) -> list[str]:
     text = logs[rank].read_text(errors="replace").strip() if logs[rank].exists() else ""
     return [f"--- rank {rank} wrote:", text[-length:], "---"] if text else []
+
+
+def _keep(logs: list[Path], name: str) -> None:
+    folder = os.environ.get(LOGS_VARIABLE)
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        kept = Path(tempfile.mkdtemp(prefix=f"{name.strip('_')}-", dir=Path(folder)))
+        for log in filter(Path.exists, logs):
+            shutil.copy(log, kept / log.name)
 
 
 def _end(ranks: list[_Rank], teardown_s: float) -> None:

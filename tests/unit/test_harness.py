@@ -111,6 +111,15 @@ def test_a_hang_ends_at_the_timeout_and_shows_where():
     assert "_stands_still" in str(caught.value)
 
 
+def test_the_whole_output_of_a_hang_is_kept_where_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCMOE_TEST_LOGS", str(tmp_path / "logs"))
+    with pytest.raises(RankError):
+        run_ranks(_rank_one_hangs, 2, timeout_s=3)
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert folder.name.startswith("rank_one_hangs-")
+    assert "_stands_still" in (folder / "rank1.log").read_text()
+
+
 def test_a_killed_rank_is_the_cause_not_its_peers_errors():
     with pytest.raises(RankError, match="the process ended without a result") as caught:
         run_ranks(_rank_two_is_killed, 3)

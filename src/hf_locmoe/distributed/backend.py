@@ -203,14 +203,20 @@ class LocMoeProcessGroup(dist.ProcessGroup):
         self._inner.set_timeout(timeout)
 
     def shutdown(self) -> None:
+        self._stop_watching()
         self._all_to_all.stop()
         for group in (self._inner, *self._all_to_all.subgroups()):
             group.shutdown()
 
     def abort(self) -> None:
+        self._stop_watching()
         self._all_to_all.stop()
         for group in (self._inner, *self._all_to_all.subgroups()):
             group.abort()
+
+    def _stop_watching(self) -> None:
+        if self._desk.accelerator_watch is not None:
+            self._desk.accelerator_watch.forget()
 
     # ---- collectives -----------------------------------------------------------------------------------------------
 

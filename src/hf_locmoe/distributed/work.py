@@ -62,15 +62,15 @@ class EventWork(DoneWork):
 
     def __init__(self, event: torch.cuda.Event, keep_alive: tuple, result: list[torch.Tensor]) -> None:
         super().__init__(result)
-        self._event = event
+        self.event = event
         # Callers may drop their tensors before they wait.
         self._keep_alive = keep_alive
 
     def is_completed(self) -> bool:
-        return self._event.query()
+        return self.event.query()
 
     def wait(self, timeout: timedelta = NO_TIMEOUT) -> bool:
-        torch.cuda.current_stream().wait_event(self._event)
+        torch.cuda.current_stream().wait_event(self.event)
         self._keep_alive = ()
         return True
 
