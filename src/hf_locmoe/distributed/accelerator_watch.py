@@ -181,13 +181,13 @@ def _end_process(watched: _Watched) -> None:
     """As NCCL's watchdog would have: a hang is worse than an end."""
     if os.environ.get(_ERROR_HANDLING_VARIABLE) in _MODES_WITHOUT_END:
         return
-    logger.critical(
-        "%s has not ended after %.1f s, and NCCL has not ended this process: SIGABRT. Where its threads are is on the "
-        "standard error.",
-        watched.call,
-        watched.age_s,
+    text = (
+        f"{watched.call} has not ended after {watched.age_s:.1f} s, and NCCL has not ended this process: SIGABRT. Where "
+        "its threads are:"
     )
+    # Not through logging, whose locks a thread that hangs may hold.
     with suppress(Exception):
+        print(text, file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
