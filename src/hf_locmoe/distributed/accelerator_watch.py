@@ -101,8 +101,14 @@ def _ask_on(reference: weakref.ref[AcceleratorWatch]) -> None:
     while watch is not None:
         watched, pause_s = watch.newest, watch.desk.glance_s
         watch = None
-        if watched is not None and (target := watched.target) is not None and _has_ended(target, runtime):
-            watched.target = None
+        if watched is not None and (target := watched.target) is not None:
+            try:
+                has_ended = _has_ended(target, runtime)
+            except Exception:  # only a question without an answer may end the process, not one that cannot be asked
+                logger.exception("%s cannot be watched", watched.call)
+                has_ended = True
+            if has_ended:
+                watched.target = None
         watched = target = None
         time.sleep(pause_s)
         watch = reference()

@@ -234,6 +234,15 @@ def test_where_nccl_ends_nothing_neither_do_we(watch, ended, caplog, monkeypatch
     assert not ended.wait(2 * TIMEOUT_S)
 
 
+def test_a_work_that_cannot_be_asked_ends_nothing(watch, ended, caplog):
+    work = PlayedWork()
+    work.is_completed = lambda: 1 / 0
+    watch.saw(CALL, work)
+    (message,) = wait_for_messages(caplog, 1)
+    assert message.endswith("cannot be watched")
+    assert not ended.wait(3 * TIMEOUT_S)
+
+
 def test_where_nothing_can_be_asked_nothing_is_said(desk, ended, caplog, monkeypatch):
     monkeypatch.setattr(accelerator_watch, "_open_runtime", lambda: None)
     watch = desk.accelerator_watch = AcceleratorWatch(desk, torch.device("cuda", 0))
