@@ -81,6 +81,7 @@ class Variant:
     accumulation: int = 1
     autocast: bool = False
     one_expert: bool = False
+    tied: bool = False
     steps: int = 2
     lengths: tuple[int, ...] = (7,)  # sequence length by batch
     device: str = "cpu"
@@ -96,6 +97,7 @@ def batches(variant: Variant, num_batches: int, step: int) -> list[torch.Tensor]
 def full_model(variant: Variant):
     torch.manual_seed(0)
     config = tiny_config(variant.family, variant.num_experts, variant.num_experts_per_tok)
+    config.tie_word_embeddings = variant.tied
     model = AutoModelForCausalLM.from_config(config, experts_implementation=variant.experts)
     if variant.one_expert:  # every token's first choice is the last expert, and its second the one before
         with torch.no_grad():

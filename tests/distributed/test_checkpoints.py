@@ -31,7 +31,7 @@ pytestmark = pytest.mark.multiprocess
 ROWS = 24
 BATCH = 4  # samples of a step, over all ranks and micro-batches
 STATEFUL = dict(
-    vocab_size=64, balance_bias_update_rate=0.02, gate_type="switch", attention_dropout=0.1, tie_word_embeddings=True
+    vocab_size=61, balance_bias_update_rate=0.02, gate_type="switch", attention_dropout=0.1, tie_word_embeddings=True
 )
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_locmoe.distributed import parallel_run
 from hf_locmoe.distributed.layouts import (
@@ -71,6 +72,24 @@ WITH_TP = dict(dp_replicate_size=2, fsdp_size=1, tp_size=2, ep_size=4)
 )
 def test_spread_layout_equals_one_process(variants):
     run_ranks(compare_spread, 4, variants, env={"LOCMOE_RANKS_PER_NODE": "2"})
+
+
+def compare_tied(variants):
+    for variant in variants:
+        config_class = SpreadConfig if variant.mesh.get("dp_replicate_size", 1) > 1 else DistributedConfig
+        model_class = with_spread_layout(type(full_model(variant)))
+        model = compare(variant, TOLERANCES[torch.float32], config_class=config_class, model_class=model_class)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.config.vocab_size % variant.mesh["fsdp_size"]
+
+
+@pytest.mark.multiprocess
+def test_tied_embeddings_whose_rows_do_not_divide():
+    variants = [
+        Variant(dict(fsdp_size=4, ep_size=4), family="locmoe", tied=True, steps=4, accumulation=2),
+        Variant(SPREAD, family="olmoe", tied=True, steps=4),
+    ]
+    run_ranks(compare_tied, 4, variants, env={"LOCMOE_RANKS_PER_NODE": "2"})
 
 
 def shards_of_one_of_many(layout, num_nodes, on_node, num_experts, tp_size):

@@ -99,7 +99,8 @@ class SpreadConfig(DistributedConfig):
 
 class SpreadLayoutMixin:
     """
-    For a transformers model class, before `PreTrainedModel`: builds the meshes of a [`SpreadConfig`].
+    For a transformers model class, before `PreTrainedModel`: builds the meshes of a [`SpreadConfig`], and gathers tied
+    embeddings once.
 
     It overrides `prepare_distribute_model`, which `from_pretrained` calls first; any other config passes through.
     """
@@ -116,6 +117,25 @@ class SpreadLayoutMixin:
             return distributed_config, device_map, None
         dense_mesh = meshes.get_mesh(("pp", "dp_replicate", "fsdp", "tp"))
         return distributed_config, device_map, _spread_meshes(dense_mesh, distributed_config)
+
+    def _resolve_parallel_plans(self, distributed_config):
+        """
+        Leaves tied embeddings to the root's group, tied before it is made, so that fully_shard knows both ends as one
+        parameter. Upstream gives the embedding a group of its own: two groups then gather, pad and reduce one tensor, and
+        where its rows do not divide each pads a copy of its own, of which only one is trained.
+        """
+        tp_plan, ep_plan, fsdp_plan = super()._resolve_parallel_plans(distributed_config)  # type: ignore[misc]
+        # tensor parallelism shards both ends by their names
+        if fsdp_plan and distributed_config.tp_size == 1 and getattr(self.config, "tie_word_embeddings", False):  # type: ignore[attr-defined]
+            self.tie_weights(recompute_mapping=False)  # type: ignore[attr-defined]
+            embedding, head = self.get_input_embeddings(), self.get_output_embeddings()  # type: ignore[attr-defined]
+            if head is not None and head.weight is embedding.weight:
+                fsdp_plan = {
+                    name: style
+                    for name, style in fsdp_plan.items()
+                    if self.get_submodule(name) is not embedding  # type: ignore[attr-defined]
+                }
+        return tp_plan, ep_plan, fsdp_plan
 
 
 def with_spread_layout(model_class: type) -> type:

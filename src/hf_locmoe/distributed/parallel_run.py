@@ -256,15 +256,17 @@ class ParallelRunMixin(SpreadLayoutMixin):
 
 def check_tied_vocabulary(config: Any, distributed_config: DistributedConfig) -> None:
     """
-    Refuses what torch's fully_shard trains wrongly: tied embeddings in shards of unequal height, of which the head's copy is
-    padded and the embedding's is not, so the two drift apart.
+    Refuses what torch's fully_shard trains wrongly under tensor parallelism: tied embeddings in shards of unequal height, of
+    which each end is padded by itself, so the two drift apart. Without it they are one parameter, see `layouts.py`.
     """
     shards = distributed_config.fsdp_size * distributed_config.tp_size
-    if getattr(config, "tie_word_embeddings", False) and config.vocab_size % shards:
+    is_tied = getattr(config, "tie_word_embeddings", False)
+    if is_tied and distributed_config.tp_size > 1 and config.vocab_size % shards:
         fitting = -(-config.vocab_size // shards) * shards
         raise ValueError(
             f"`vocab_size` ({config.vocab_size}) must be divisible by the ranks that share the dense layers ({shards}) with "
-            f"`tie_word_embeddings` (True): resize the embeddings to {fitting} on one process, or use another number of ranks."
+            f"`tie_word_embeddings` (True) and `tp_size` ({distributed_config.tp_size}): resize the embeddings to {fitting} on "
+            "one process, or leave out `tp_size`."
         )
 
 

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from hf_locmoe import LocMoeConfig, LocMoeForCausalLM
-from hf_locmoe.distributed.layouts import ModelSize, SpreadConfig
+from hf_locmoe.distributed.layouts import ModelSize, SpreadConfig, layout_config
 from hf_locmoe.distributed.parallel_run import check_tied_vocabulary, current_parallel_run, set_parallel_run
+from hf_locmoe.distributed.topology import NodeTopology
 from hf_locmoe.training.accelerate_plugin import LocMoePlugin
 
 
@@ -98,12 +99,14 @@ def test_an_override_that_does_not_fit_is_refused():
         LocMoePlugin(capacity_mode="factor").override(tiny_config())
 
 
-def test_tied_embeddings_in_unequal_shards_are_refused():
-    config = _spread_of_two_nodes(LocMoePlugin(layout="spread"), ModelSize.of(LocMoeForCausalLM(tiny_config())))
+def test_tied_embeddings_in_unequal_shards_are_refused_under_tensor_parallelism():
+    config = layout_config("spread", NodeTopology.from_ranks_per_node(4, 8), 8, tp_size=2)
     check_tied_vocabulary(tiny_config(vocab_size=63), config)
     check_tied_vocabulary(tiny_config(vocab_size=64, tie_word_embeddings=True), config)
-    with pytest.raises(ValueError, match=r"`vocab_size` \(63\).*\(2\).*resize the embeddings to 64"):
+    with pytest.raises(ValueError, match=r"`vocab_size` \(63\).*\(4\).*`tp_size` \(2\): resize the embeddings to 64"):
         check_tied_vocabulary(tiny_config(vocab_size=63, tie_word_embeddings=True), config)
+    without = layout_config("spread", NodeTopology.from_ranks_per_node(4, 8), 8)
+    check_tied_vocabulary(tiny_config(vocab_size=63, tie_word_embeddings=True), without)
 
 
 def test_yields_the_configs_of_transformers_and_accelerate(monkeypatch):
@@ -116,7 +119,4 @@ def test_yields_the_configs_of_transformers_and_accelerate(monkeypatch):
 
 
 def _spread_of_two_nodes(run, size):
-    from hf_locmoe.distributed.layouts import layout_config
-    from hf_locmoe.distributed.topology import NodeTopology
-
     return layout_config(run.layout, NodeTopology.from_ranks_per_node(2, 4), size.num_experts)
