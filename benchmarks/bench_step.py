@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from benchmarks import workload
 from benchmarks.cluster import Cluster, Counters, Link, run_on_nodes
+from benchmarks.gloo_device import share_gloo_device
 from benchmarks.record import Load, Record, Spread
 from benchmarks.step_variants import DEFAULT_VARIANTS, VARIANTS, Setup, Variant, build
 
@@ -70,6 +71,7 @@ def worker(setup: Setup, variants: list[Variant], output: Path) -> None:
     """One rank: all variants, taking turns. Rank 0 writes what was measured."""
     torch.set_num_threads(1)
     _keep_priority()
+    share_gloo_device()  # or the threads of all variants' groups take time from each
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     rank, rounds = dist.get_rank(), setup.batches()
     models = {variant.name: build(setup, variant) for variant in variants}

@@ -223,7 +223,7 @@ def test_a_lost_rank_is_named_and_ends_the_run(tmp_path):
         text = log.read_text()
         assert f"failed on rank {rank} (node {rank // 2}): lost or stalled: rank 3 (node 1)." in text, str(error.value)
         assert "in MoE layer " in text
-        # one look of the watch later than its grace
-        assert log.stat().st_mtime - lost < timeout_s + 2.0
+        assert log.stat().st_mtime - lost < timeout_s
     assert error.value.kind != "timeout", "the processes went on"
-    assert ended - lost < 3 * timeout_s
+    # the step that is cut short had begun some seconds after the death
+    assert ended - lost < 1.5 * timeout_s

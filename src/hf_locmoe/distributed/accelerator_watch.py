@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notices that a group's work on a GPU does not end, says who is missing, and ends the process when NCCL does not.
+"""Notices that a group's work on a GPU does not end, says who is missing, and ends the process at the timeout.
 
 On a GPU the stream waits for a collective and the host goes on, so that no call of ours fails when a rank is lost.
 NCCL's own watchdog gives no name, and ends the process a minute after its timeout, having slept for a dump of its own.
@@ -159,8 +159,7 @@ def _decide_on(reference: weakref.ref[AcceleratorWatch]) -> None:
             if watched is not explained or not is_open:
                 logger.info("%s: the process went on after all", explained.call)
                 return
-            # NCCL's timeout, and then time for its watchdog
-            if explained.age_s >= desk.timeout_s + 2 * desk.grace_s:
+            if explained.age_s >= desk.timeout_s:
                 _end_process(explained)
                 return
         elif watched is not None and is_open and (explanation := _explanation(watched, desk)):
@@ -171,9 +170,12 @@ def _decide_on(reference: weakref.ref[AcceleratorWatch]) -> None:
 
 
 def _explanation(watched: _Watched, desk: FailureDesk) -> str | None:
-    """Of a call that has not ended: `None` as long as it is not given up."""
+    """
+    Of a call that has not ended: `None` as long as it is not given up. That is a grace earlier than where the host itself
+    waits, so that the names are known, and a call may still end, before the process does at the timeout.
+    """
     age_s = watched.age_s
-    late = age_s >= desk.patience_s
+    late = age_s >= desk.patience_s - desk.grace_s
     cause = f"no end after {age_s:.1f} s" if late else "another rank gave up"
     try:
         if late or (age_s > desk.glance_s and desk.alarm_raised()):
@@ -187,10 +189,7 @@ def _end_process(watched: _Watched) -> None:
     """As NCCL's watchdog would have: a hang is worse than an end."""
     if os.environ.get(_ERROR_HANDLING_VARIABLE) in _MODES_WITHOUT_END:
         return
-    text = (
-        f"{watched.call} has not ended after {watched.age_s:.1f} s, and NCCL has not ended this process: SIGABRT. Where "
-        "its threads are:"
-    )
+    text = f"{watched.call} has not ended after {watched.age_s:.1f} s: SIGABRT. Where the threads of this process are:"
     # Not through logging, whose locks a thread that hangs may hold.
     with suppress(Exception):
         print(text, file=sys.__stderr__, flush=True)

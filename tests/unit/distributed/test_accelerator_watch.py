@@ -156,8 +156,7 @@ def test_a_work_that_does_not_end_names_the_missing_ranks_and_ends_the_process(w
     assert "rank 1 (node 0), rank 2 (node 1), rank 3 (node 1)" in text
     assert not ended.is_set()
     assert ended.wait(10.0)
-    # not before NCCL's own timeout, which is a grace later than ours
-    assert time.monotonic() - started >= 1.4 * TIMEOUT_S
+    assert time.monotonic() - started >= TIMEOUT_S
     assert "`all_to_all_single` number 3 in MoE layer 1 has not ended after" in capfd.readouterr().err
     assert len(caplog.records) == 1
     assert work.waits == []
