@@ -31,6 +31,26 @@ hypothesis.settings.register_profile("locmoe", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("locmoe")
 
 
+def _mend_the_interpreter() -> None:
+    """
+    Triton 3.6's interpreter makes bounds of loops with `int` of an array with one element, which numpy 2.4 refuses
+    (`_patch_lang_tensor` in triton/runtime/interpreter.py).
+    """
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _mend_the_interpreter()
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_CACHE, ignore_errors=True)
 

@@ -2,9 +2,9 @@
 """
 Triton kernels of the LocMoE gate, from hidden states to experts, weights and router statistics.
 
-One pass over the hidden states sums their blocks and squares; from the (T, n) sums follows all the rest. Statistics are
-summed over tokens by programs of a few experts each, and their partial sums added in a fixed order, without atomics, so
-that the bits are the same every time. The backward is one kernel, which reads the hidden states once.
+The forward is one kernel, which reads the hidden states once; where statistics are wanted it leaves partial sums, which
+another one adds in a fixed order, without atomics, so that the bits are the same every time. The backward is one kernel,
+which reads the hidden states once.
 
 `gate_kernels.py` calls them.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .router_kernels import best_of, sortable
+from .router_kernels import sortable
 
 
 @triton.jit
@@ -39,63 +39,54 @@ def _blocks(expert, T, n: tl.constexpr, D: tl.constexpr):
         return start, (product + D) // n - start
 
 
-@triton.jit(do_not_specialize=["T"])
-def sum_blocks_kernel(
-    hidden,
-    sums,
-    squares,
+@triton.jit
+def _window_sums(
+    hidden_row,
+    window,
     T,
     n: tl.constexpr,
     D: tl.constexpr,
-    NORM: tl.constexpr,
-    TOKENS: tl.constexpr,
     WINDOW: tl.constexpr,
-    WINDOWS: tl.constexpr,
     SIZE_PAD: tl.constexpr,
     ALIGN: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     """
-    Block sums (T, n) and sums of squares (T, WINDOWS): a few tokens and WINDOW experts a program. Blocks that begin between
-    two multiples of ALIGN are read from the one before to the one after, so that all loads are 16 bytes wide; what belongs
-    to a neighbour is set to 0.
+    Block sums of WINDOW experts of one token, and the sum of their squares. Blocks that begin between two multiples of
+    ALIGN are read from the one before to the one after, so that all loads are 16 bytes wide; what belongs to a neighbour
+    is set to 0.
     """
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    exists = token < T
-    window = tl.program_id(1)
     expert = window * WINDOW + tl.arange(0, WINDOW)
     within = tl.arange(0, SIZE_PAD)
     start, size = _blocks(expert, T, n, D)
     origin = start // ALIGN * ALIGN
     width = (start + size + ALIGN - 1) // ALIGN * ALIGN - origin
     inside = (within[None, :] < width[:, None]) & (expert < n)[:, None]
-    # experts before tokens: a warp then lies along a token, and a thread has one block's part of several tokens
-    x = tl.load(
-        hidden + token[None, :, None] * D + (origin[:, None] + within[None, :])[:, None, :],
-        mask=exists[None, :, None] & inside[:, None, :],
-        other=0.0,
-    ).to(tl.float32)
+    x = tl.load(hidden_row + origin[:, None] + within[None, :], mask=inside, other=0.0).to(tl.float32)
     if D % n != 0 or (D // n) % ALIGN != 0:
         place = (within[None, :] - (start - origin)[:, None]).to(tl.uint32, bitcast=True)
-        x = tl.where((place < size.to(tl.uint32, bitcast=True)[:, None])[:, None, :], x, 0.0)
-    mask = exists[None, :] & (expert < n)[:, None]
-    tl.store(sums + token[None, :] * n + expert[:, None], tl.sum(x, axis=2), mask=mask)
+        x = tl.where(place < size.to(tl.uint32, bitcast=True)[:, None], x, 0.0)
+    square = 0.0
     if NORM:
-        tl.store(squares + token * WINDOWS + window, tl.sum(tl.sum(x * x, axis=2), axis=0), mask=exists)
+        square = tl.sum(x * x)
+    return tl.sum(x, axis=1), square
 
 
-@triton.jit(do_not_specialize=["T"])
-def route_kernel(
-    squares,
+@triton.jit(do_not_specialize=["T", "SPAN", "STRIDE"])
+def gate_kernel(
+    hidden,
     bias,
     noise,
+    counted,
     logits,
     weights,
     index,
     norm,
-    marked,
-    entropy,
-    cosine,
+    partials,
+    counts,
     T,
+    SPAN,
+    STRIDE,
     n: tl.constexpr,
     D: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -105,145 +96,121 @@ def route_kernel(
     NORMALIZE: tl.constexpr,
     NOISY: tl.constexpr,
     STATS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    N_PAD: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    WINDOWS_PAD: tl.constexpr,
-):
-    """From block sums, which are where the logits go, to everything else."""
-    token = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-    exists = token < T
-    expert = tl.arange(0, N_PAD)
-    is_expert = (expert < n)[None, :]
-    place = token[:, None] * n + expert[None, :]
-    inside = exists[:, None] & is_expert
-    total = tl.load(logits + place, mask=inside, other=0.0)
-    # threads may hold copies of one element: none may write before all have read
-    tl.debug_barrier()
-    # quotients once a token or an expert, products for all pairs
-    _, size = _blocks(expert, T, n, D)
-    if COSINE or STATS:
-        windows = tl.arange(0, WINDOWS_PAD)
-        has_window = exists[:, None] & (windows < WINDOWS)[None, :]
-        square = tl.load(squares + token[:, None] * WINDOWS + windows[None, :], mask=has_window, other=0.0)
-        length = tl.sqrt(tl.sum(square, axis=1))
-        # a token of zeros has the cosines 0
-        length = tl.where(length == 0, 1.0, length)
-        cosines = total * (1 / tl.sqrt(size.to(tl.float32)))[None, :] * (1 / length)[:, None]
-    if COSINE:
-        tl.store(norm + token, length, mask=exists)
-        affinity = cosines * D**0.5
-    else:
-        affinity = total * (1 / size.to(tl.float32))[None, :]
-    if NOISY:
-        affinity += tl.load(noise + place, mask=inside, other=0.0)
-    value = affinity
-    if RELU:
-        value = tl.where(affinity < 0, 0.0, affinity)
-    tl.store(logits + place, value, mask=inside)
-
-    if TOP_K > 0:
-        preference = sortable(affinity + tl.load(bias + expert, mask=expert < n, other=0.0)[None, :])
-        lowest: tl.constexpr = -(2**31)
-        preference = tl.where(is_expert, preference, lowest)
-        slots = tl.arange(0, K_PAD)
-        picked = tl.zeros((CHUNK, K_PAD), tl.int32)
-        first = tl.zeros((CHUNK,), tl.int32)
-        for slot in tl.static_range(TOP_K):
-            best = best_of(preference, expert, N_PAD)
-            if slot == 0:
-                first = best
-            picked = tl.where((slots == slot)[None, :], best[:, None], picked)
-            preference = tl.where(expert[None, :] == best[:, None], lowest, preference)
-
-        value = tl.where(is_expert, value, float("-inf"))
-        greatest = tl.max(value, axis=1)
-        value -= greatest[:, None]
-        exponential = tl.exp(value)
-        denominator = tl.sum(exponential, axis=1)
-        probability = exponential * (1 / denominator)[:, None]
-
-        choice = token[:, None] * TOP_K + slots[None, :]
-        has_choice = exists[:, None] & (slots < TOP_K)[None, :]
-        tl.store(index + choice, picked.to(tl.int64), mask=has_choice)
-        # the chosen experts' logits once more, k together
-        tl.debug_barrier()
-        picked_logits = tl.load(logits + token[:, None] * n + picked, mask=has_choice, other=float("-inf"))
-        weight = tl.exp(picked_logits - greatest[:, None]) / denominator[:, None]
-        if NORMALIZE:
-            weight /= tl.maximum(tl.sum(tl.where(has_choice, weight, 0.0), axis=1), 1.1754943508222875e-38)[:, None]
-        tl.store(weights + choice, weight, mask=has_choice)
-
-        if STATS:
-            log_denominator = tl.log(denominator)
-            surprise = tl.where(probability > 0, probability * (log_denominator[:, None] - value), 0.0)
-            tl.store(entropy + token, tl.sum(surprise, axis=1), mask=exists)
-            is_first = expert[None, :] == first[:, None]
-            # a probability with the sign bit: its expert is chosen
-            tl.store(marked + place, tl.where(preference == lowest, -probability, probability), mask=inside)
-            tl.store(cosine + token, tl.sum(tl.where(is_first, cosines, 0.0), axis=1), mask=exists)
-
-
-@triton.jit(do_not_specialize=["T"])
-def sum_statistics_kernel(
-    marked,
-    index,
-    entropy,
-    cosine,
-    counted,
-    partials,
-    counts,
-    T,
-    n: tl.constexpr,
-    TOP_K: tl.constexpr,
     MASKED: tl.constexpr,
-    STRIDE: tl.constexpr,
-    SPAN: tl.constexpr,
-    TOKENS: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    SIZE_PAD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    N_PAD: tl.constexpr,
 ):
     """
-    Partial sums of SPAN tokens, for a few experts. Tokens stay apart until the end: a sum over tokens of a tile with all
-    experts goes through shared memory, and there all lanes meet in one bank.
+    SPAN tokens one after the other, by one warp where its registers suffice: reductions over experts then stay inside it,
+    and the sums of statistics over tokens in its registers until the end.
     """
-    part = tl.program_id(0)
-    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    program = tl.program_id(0)
+    expert = tl.arange(0, N_PAD)
     is_expert = expert < n
-    probability = tl.zeros((TOKENS, EXPERTS), tl.float32)
-    tokens = tl.zeros((TOKENS, EXPERTS), tl.float32)
-    entropies = tl.zeros((TOKENS, EXPERTS), tl.float32)
-    cosines = tl.zeros((TOKENS, EXPERTS), tl.float32)
-    num_counted = tl.zeros((TOKENS,), tl.float32)
-    num_sampled = tl.zeros((TOKENS,), tl.float32)
-    for start in range(0, SPAN, TOKENS):
-        token = part.to(tl.int64) * SPAN + start + tl.arange(0, TOKENS)
-        exists = token < T
-        count = exists.to(tl.float32)
-        if MASKED:
-            count = tl.load(counted + token, mask=exists, other=0).to(tl.float32)
-        sampled = tl.where(token % STRIDE == 0, count, 0.0)
-        num_counted += count
-        num_sampled += sampled
-        inside = exists[:, None] & is_expert[None, :]
-        value = tl.load(marked + token[:, None] * n + expert[None, :], mask=inside, other=0.0)
-        probability += tl.abs(value) * count[:, None]
-        tokens += tl.where(value.to(tl.int32, bitcast=True) < 0, count[:, None], 0.0)
-        is_first = tl.load(index + token * TOP_K, mask=exists, other=-1).to(tl.int32)[:, None] == expert[None, :]
-        entropy_counted = tl.load(entropy + token, mask=exists, other=0.0) * count
-        entropies += tl.where(is_first, entropy_counted[:, None], 0.0)
-        cosine_sampled = tl.load(cosine + token, mask=exists, other=0.0) * sampled
-        cosines += tl.where(is_first, cosine_sampled[:, None], 0.0)
-    out = partials + part * 4 * n + expert
-    tl.store(out, tl.sum(probability, axis=0), mask=is_expert)
-    tl.store(out + n, tl.sum(tokens, axis=0), mask=is_expert)
-    tl.store(out + 2 * n, tl.sum(entropies, axis=0), mask=is_expert)
-    tl.store(out + 3 * n, tl.sum(cosines, axis=0), mask=is_expert)
-    if tl.program_id(1) == 0:
-        tl.store(counts + part * 2, tl.sum(num_counted, axis=0))
-        tl.store(counts + part * 2 + 1, tl.sum(num_sampled, axis=0))
+    slots = tl.arange(0, K_PAD)
+    is_slot = slots < TOP_K
+    lowest: tl.constexpr = -(2**31)
+    _, size = _blocks(expert, T, n, D)
+    # quotients once an expert or a token, products for all pairs
+    of_size = 1 / size.to(tl.float32)
+    of_root = 1 / tl.sqrt(size.to(tl.float32))
+    if TOP_K > 0:
+        shift = tl.load(bias + expert, mask=is_expert, other=0.0)
+    if STATS:
+        probabilities = tl.zeros((N_PAD,), tl.float32)
+        tokens = tl.zeros((N_PAD,), tl.float32)
+        entropies = tl.zeros((N_PAD,), tl.float32)
+        cosine_sums = tl.zeros((N_PAD,), tl.float32)
+        num_counted = 0.0
+        num_sampled = 0.0
+    first_token = program * SPAN
+    for step in range(tl.minimum(SPAN, T - first_token)):
+        token = first_token.to(tl.int64) + step
+        place = token * n + expert
+        square = 0.0
+        # sums of few experts at a time meet where the logits go
+        for window in tl.static_range(WINDOWS):
+            of_window, square_of_window = _window_sums(
+                hidden + token * D, window, T, n, D, WINDOW, SIZE_PAD, ALIGN, COSINE or STATS
+            )
+            in_window = window * WINDOW + tl.arange(0, WINDOW)
+            tl.store(logits + token * n + in_window, of_window, mask=in_window < n)
+            square += square_of_window
+        tl.debug_barrier()
+        total = tl.load(logits + place, mask=is_expert, other=0.0)
+        # threads may hold copies of one element: none may write before all have read
+        tl.debug_barrier()
+        if COSINE or STATS:
+            # a token of zeros has the cosines 0
+            length = tl.sqrt(tl.where(square == 0, 1.0, square))
+            cosines = total * of_root * (1 / length)
+        if COSINE:
+            tl.store(norm + token, length)
+            affinity = cosines * D**0.5
+        else:
+            affinity = total * of_size
+        if NOISY:
+            affinity += tl.load(noise + place, mask=is_expert, other=0.0)
+        value = affinity
+        if RELU:
+            value = tl.where(affinity < 0, 0.0, affinity)
+        tl.store(logits + place, value, mask=is_expert)
+
+        if TOP_K > 0:
+            preference = tl.where(is_expert, sortable(affinity + shift), lowest)
+            picked = tl.zeros((K_PAD,), tl.int32)
+            first = 0
+            for slot in tl.static_range(TOP_K):
+                best = tl.min(tl.where(preference == tl.max(preference, axis=0), expert, N_PAD), axis=0)
+                if slot == 0:
+                    first = best
+                picked = tl.where(slots == slot, best, picked)
+                preference = tl.where(expert == best, lowest, preference)
+
+            value = tl.where(is_expert, value, float("-inf"))
+            greatest = tl.max(value, axis=0)
+            value -= greatest
+            exponential = tl.exp(value)
+            denominator = tl.sum(exponential, axis=0)
+            tl.store(index + token * TOP_K + slots, picked.to(tl.int64), mask=is_slot)
+            # the chosen experts' logits once more, k together
+            tl.debug_barrier()
+            picked_logits = tl.load(logits + token * n + picked, mask=is_slot, other=float("-inf"))
+            weight = tl.exp(picked_logits - greatest) / denominator
+            if NORMALIZE:
+                weight /= tl.maximum(tl.sum(weight, axis=0), 1.1754943508222875e-38)
+            tl.store(weights + token * TOP_K + slots, weight, mask=is_slot)
+
+            if STATS:
+                count = 1.0
+                if MASKED:
+                    count = tl.load(counted + token).to(tl.float32)
+                sampled = tl.where((first_token + step) % STRIDE == 0, count, 0.0)
+                probability = exponential * (1 / denominator)
+                surprise = tl.where(probability > 0, probability * (tl.log(denominator) - value), 0.0)
+                entropy = tl.sum(surprise, axis=0)
+                is_first = expert == first
+                probabilities += probability * count
+                # what was chosen is the lowest now
+                tokens += tl.where((preference == lowest) & is_expert, count, 0.0)
+                entropies += tl.where(is_first, entropy * count, 0.0)
+                cosine_sums += tl.where(is_first, cosines * sampled, 0.0)
+                num_counted += count
+                num_sampled += sampled
+    if STATS:
+        out = partials + program * 4 * n + expert
+        tl.store(out, probabilities, mask=is_expert)
+        tl.store(out + n, tokens, mask=is_expert)
+        tl.store(out + 2 * n, entropies, mask=is_expert)
+        tl.store(out + 3 * n, cosine_sums, mask=is_expert)
+        tl.store(counts + program * 2, num_counted)
+        tl.store(counts + program * 2 + 1, num_sampled)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def add_partials_kernel(partials, counts, stats, P, n: tl.constexpr, PARTS: tl.constexpr, EXPERTS: tl.constexpr):
     """One row of the statistics, a few experts; `RouterStat` names the rows, those not summed here are 0."""
     row = tl.program_id(0)
@@ -402,10 +369,4 @@ def route_backward_kernel(
     _spread_slopes(slopes, radial, hidden, grad_hidden, T, first_token, n, D, COSINE, CHUNK, TOKENS, VECTORS, WIDTH)
 
 
-__all__ = [
-    "add_partials_kernel",
-    "route_backward_kernel",
-    "route_kernel",
-    "sum_blocks_kernel",
-    "sum_statistics_kernel",
-]
+__all__ = ["add_partials_kernel", "gate_kernel", "route_backward_kernel"]

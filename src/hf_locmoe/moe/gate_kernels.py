@@ -15,24 +15,18 @@ import torch
 import triton
 from torch import Tensor
 
-from .gate_jit_kernels import (
-    add_partials_kernel,
-    route_backward_kernel,
-    route_kernel,
-    sum_blocks_kernel,
-    sum_statistics_kernel,
-)
+from .gate_jit_kernels import add_partials_kernel, gate_kernel, route_backward_kernel
 from .kernels import choose, needs_operator
 
 
-_TILE = 4096  # elements of the hidden states that a program holds
+_TILE = 4096  # elements of the hidden states that a program reads or writes together
 _MAX_BLOCK = 32768  # dimensions of an expert's block, all in registers
-_ROUTED = 2048  # affinities that a program routes, and the most tokens they may be of
-_CHUNK = 32
 _BACKWARD_CHUNK = 8  # tokens of a program of the backward
 _MAX_EXPERTS = 8192  # affinities of one token, all in registers
-_STAT_TOKENS = 64  # tokens of a tile that sums statistics
-_PROGRAMS = 512  # that many keep an H100 busy
+_PROGRAMS = 512  # that many of the backward keep an H100 busy
+_REGISTERS = 128  # of a thread of the forward, so that a multiprocessor holds 16 of its warps
+_WARPS = 16 * 132  # of the forward: what an H100 holds
+_SUMMED_EXPERTS = 8  # of which a program adds the partial sums: 32 bytes, what memory moves at least
 _NUM_STATS, _NUM_SUMMED = 7, 4  # rows of `RouterStat`, and of those the ones that a gate sums itself
 
 
@@ -47,21 +41,20 @@ def _chunk(num_tokens: int, most: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _sum_layout(num_tokens: int, d: int, n: int) -> dict[str, int]:
-    """Tiles of `sum_blocks_kernel`."""
+def _forward_layout(d: int, n: int) -> dict[str, int]:
+    """Tiles of `gate_kernel`, and its warps."""
     align = 8 if d % 8 == 0 else 1
     starts = [i * d // n for i in range(n + 1)]
     widest = max(-(-end // align) * align - start // align * align for start, end in zip(starts, starts[1:]))
     size = triton.next_power_of_2(widest)
-    window = triton.next_power_of_2(n)
-    # where neighbours have to be set to 0, more tokens share that work
-    tile = _TILE if d % n == 0 and d // n % align == 0 else 2 * _TILE
+    padded = window = triton.next_power_of_2(n)
     # as many experts as fit, with few lanes past the last
-    while window > 1 and (window * size > tile or -(-n // window) * window > 1.25 * n):
+    while window > 1 and (window * size > _TILE or -(-n // window) * window > 1.25 * n):
         window //= 2
-    tokens = _chunk(num_tokens, max(1, tile // (window * size)))
-    windows = -(-n // window)
-    return {"TOKENS": tokens, "WINDOW": window, "WINDOWS": windows, "SIZE_PAD": size, "ALIGN": align}
+    # one warp, so that no reduction leaves it, as long as its registers hold a tile and a token's affinities
+    warps = max(1, window * size // (2 * _TILE), min(8, padded // 256))
+    layout = {"WINDOW": window, "WINDOWS": -(-n // window), "SIZE_PAD": size, "ALIGN": align, "N_PAD": padded}
+    return {**layout, "num_warps": warps, "maxnreg": _REGISTERS}
 
 
 @functools.lru_cache(maxsize=256)
@@ -98,28 +91,26 @@ def _route(
     if not num_tokens:
         stats.zero_()
         return outputs
-    tiles = _sum_layout(num_tokens, hidden_size, num_experts)
-    needs_norm, windows = cosine or sample_stride > 0, tiles["WINDOWS"]
-    squares = logits.new_empty((num_tokens if needs_norm else 0, windows))
-    sum_blocks_kernel[(triton.cdiv(num_tokens, tiles["TOKENS"]), windows)](
-        hidden_states, logits, squares, num_tokens, n=num_experts, D=hidden_size, NORM=needs_norm, **tiles
-    )
-    padded = triton.next_power_of_2(num_experts)
-    chunk = _chunk(num_tokens, max(1, min(_CHUNK, _ROUTED // padded)))
-    programs = triton.cdiv(num_tokens, chunk)
-    marked = logits.new_empty((num_tokens if sample_stride else 0, num_experts))
-    token_stats = logits.new_empty((2, num_tokens if sample_stride else 0))
-    route_kernel[(programs,)](
-        squares,
+    layout = _forward_layout(hidden_size, num_experts)
+    span = triton.cdiv(num_tokens * layout["num_warps"], _WARPS)
+    programs = triton.cdiv(num_tokens, span)
+    partials = counts = logits
+    if sample_stride:
+        partials, counts = logits.new_empty((programs, _NUM_SUMMED, num_experts)), logits.new_empty((programs, 2))
+    gate_kernel[(programs,)](
+        hidden_states,
         _or_any(bias, logits),
         _or_any(noise, logits),
+        _or_any(token_mask, index),
         logits,
         weights,
         index,
         norm,
-        marked,
-        *token_stats,
+        partials,
+        counts,
         num_tokens,
+        span,
+        sample_stride,
         n=num_experts,
         D=hidden_size,
         TOP_K=top_k,
@@ -129,44 +120,16 @@ def _route(
         NORMALIZE=norm_topk_prob,
         NOISY=noise is not None,
         STATS=sample_stride > 0,
-        CHUNK=chunk,
-        N_PAD=padded,
-        WINDOWS=windows,
-        WINDOWS_PAD=triton.next_power_of_2(windows),
-        num_warps=max(1, min(8, chunk * padded // 256)),
+        MASKED=token_mask is not None,
+        **layout,
     )
     if sample_stride:
-        _sum_statistics(marked, index, token_stats, token_mask, sample_stride, stats)
+        experts = min(_SUMMED_EXPERTS, triton.next_power_of_2(num_experts))
+        parts = min(triton.next_power_of_2(programs), 2 * _TILE // experts)
+        add_partials_kernel[(_NUM_STATS, triton.cdiv(num_experts, experts))](
+            partials, counts, stats, programs, n=num_experts, PARTS=parts, EXPERTS=experts, num_warps=8
+        )
     return outputs
-
-
-def _sum_statistics(marked, index, token_stats, token_mask, sample_stride, stats):
-    num_tokens, num_experts = marked.shape
-    experts = min(16, triton.next_power_of_2(num_experts))
-    blocks = triton.cdiv(num_experts, experts)
-    # tokens of a program: as many programs as keep the device busy, and few partial sums
-    span = max(_STAT_TOKENS, triton.next_power_of_2(triton.cdiv(num_tokens * blocks, 2 * _PROGRAMS)))
-    parts = triton.cdiv(num_tokens, span)
-    partials, counts = marked.new_empty((parts, _NUM_SUMMED, num_experts)), marked.new_empty((parts, 2))
-    sum_statistics_kernel[(parts, blocks)](
-        marked,
-        index,
-        *token_stats,
-        _or_any(token_mask, index),
-        partials,
-        counts,
-        num_tokens,
-        n=num_experts,
-        TOP_K=index.shape[1],
-        MASKED=token_mask is not None,
-        STRIDE=sample_stride,
-        SPAN=span,
-        TOKENS=_STAT_TOKENS,
-        EXPERTS=experts,
-    )
-    add_partials_kernel[(_NUM_STATS, blocks)](
-        partials, counts, stats, parts, n=num_experts, PARTS=128, EXPERTS=experts
-    )
 
 
 def _or_any(tensor: Tensor | None, other: Tensor) -> Tensor:

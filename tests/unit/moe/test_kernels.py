@@ -239,7 +239,7 @@ def test_gate_in_one_pass(num_tokens, hidden_size, num_experts, k, form, dtype, 
     """Logits, choice, weights, statistics and the gradient of all three, with a bias, a mask and noise."""
     monkeypatch.setattr(routing, "NUM_COSINE_SAMPLES", 8)
     monkeypatch.setattr(gate_kernels, "_PROGRAMS", 4)
-    monkeypatch.setattr(gate_kernels, "_STAT_TOKENS", 8)
+    monkeypatch.setattr(gate_kernels, "_WARPS", 4)
     torch.manual_seed(0)
     cosine, relu, noisy, scaled = form in ("cosine", "scaled"), form == "papers", form != "mean", form == "scaled"
     settings = dict(num_experts=num_experts, num_experts_per_tok=k, gate_affinity="cosine" if cosine else "mean")
@@ -295,7 +295,8 @@ def test_gate_in_one_pass(num_tokens, hidden_size, num_experts, k, form, dtype, 
 
 
 def test_many_partial_sums_and_the_same_bits_every_time(monkeypatch):
-    monkeypatch.setattr(gate_kernels, "_STAT_TOKENS", 2)
+    monkeypatch.setattr(gate_kernels, "_WARPS", 70)  # spans of 5 tokens
+    monkeypatch.setattr(gate_kernels, "_TILE", 64)  # several steps of adding partial sums, several windows of experts
     x, bias = torch.randn(300, 48, device=DEVICE), torch.zeros(6, device=DEVICE)
     runs = [gate_kernels.route_pooled(x, bias, None, 6, 2, True, False, False, None, 1) for _ in range(2)]
     assert torch.equal(runs[0][3], runs[1][3])
