@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .moe.kernels import power_of_2
+
 
 _COLUMNS = 4096  # logits that a program holds at a time
 _HEADS = 16  # heads of a token that a program holds at a time
@@ -159,9 +161,9 @@ def _launch_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backwar
             HEADS=heads,
             KEY_HEADS=key_heads,
             HALF=width // 2,
-            HALF_PAD=triton.next_power_of_2(width // 2),
-            BLOCK=min(_HEADS, triton.next_power_of_2(heads)),
-            KEY_BLOCK=min(_HEADS, triton.next_power_of_2(key_heads)),
+            HALF_PAD=power_of_2(width // 2),
+            BLOCK=min(_HEADS, power_of_2(heads)),
+            KEY_BLOCK=min(_HEADS, power_of_2(key_heads)),
             BACKWARD=backward,
             enable_fp_fusion=False,  # a fused product and sum would round once where eager operators round twice
         )
@@ -197,7 +199,7 @@ class _CrossEntropy(torch.autograd.Function):
         num_tokens, vocab_size = logits.shape
         losses, lse = logits.new_empty((2, num_tokens), dtype=torch.float32).unbind()
         if num_tokens:
-            block = min(_COLUMNS, triton.next_power_of_2(vocab_size))
+            block = min(_COLUMNS, power_of_2(vocab_size))
             _cross_entropy_kernel[(num_tokens,)](
                 logits, targets, losses, lse, IGNORED=ignore_index, V=vocab_size, BLOCK=block, num_warps=8
             )
@@ -212,7 +214,7 @@ class _CrossEntropy(torch.autograd.Function):
         num_tokens, vocab_size = logits.shape
         grad_logits = torch.empty_like(logits)
         if num_tokens:
-            block = min(_COLUMNS, triton.next_power_of_2(vocab_size))
+            block = min(_COLUMNS, power_of_2(vocab_size))
             _cross_entropy_backward_kernel[(num_tokens,)](
                 grad.contiguous(),
                 logits,

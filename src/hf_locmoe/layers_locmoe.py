@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_locmoe import LocMoeConfig
 from .moe.baseline_gates import HashGate, SwitchGate
-from .moe.experts import LocMoeExperts, LocMoeGatedExperts
+from .moe.experts import LocMoeExperts, LocMoeGatedExperts, limits_assignments
 from .moe.gate import LocMoeGate
 from .moe.overflow import CapacityRule, RemoteTier, limit_to_capacity
 from .moe.routing import Router, router_statistics
@@ -73,25 +73,47 @@ class LocMoeSparseMoeBlock(nn.Module):
         input_ids, domain_ids, token_mask = (
             None if ids is None else ids.flatten() for ids in (input_ids, domain_ids, token_mask)
         )
-        logits, weights, wanted, *summed = self.gate(tokens, input_ids, domain_ids, token_mask, output_router_stats)
-        index, dropped, rerouted = wanted, None, None
         capacity = self.capacity_rule.capacity(tokens.shape[0])
         remote_tier = self.remote_tier if self.training else None
-        if capacity is not None or remote_tier is not None:
+        # what overflows is dropped: its number follows from the assignments, and "capacity_bmm" drops it by itself
+        drops = capacity is not None and self.capacity_overflow == "drop" and remote_tier is None
+        drops_over = capacity if drops else None
+        logits, weights, wanted, *summed = self.gate(
+            tokens, input_ids, domain_ids, token_mask, output_router_stats, drops_over
+        )
+        index, dropped, rerouted = wanted, None, None
+        self.experts.expert_capacity, self.experts.assignments_are_limited = capacity, True
+        if drops and limits_assignments(self.experts):
+            self.experts.assignments_are_limited = False
+            if token_mask is not None:  # padding takes no room
+                index = index.masked_fill(~token_mask.unsqueeze(-1), self.gate.num_experts)
+        elif capacity is not None or remote_tier is not None:
             index, weights, dropped, rerouted = limit_to_capacity(
                 wanted, weights, logits, capacity, self.capacity_overflow, token_mask, remote_tier
             )
         statistics: tuple[torch.Tensor, ...] = ()
         if output_router_stats:  # before the experts, the last of which nothing has to be computed again for
             quantile = self.capacity_rule.quantile if self.capacity_rule.measures_cosines else None
+            if drops:
+                dropped = rerouted = None
             statistics = (
-                router_statistics(self.gate, tokens, logits, wanted, token_mask, dropped, rerouted, quantile, *summed),
+                router_statistics(
+                    self.gate,
+                    tokens,
+                    logits,
+                    wanted,
+                    token_mask,
+                    dropped,
+                    rerouted,
+                    quantile,
+                    *summed,
+                    capacity=drops_over,
+                ),
             )
             if getattr(self.gate, "uses_centering", False):
                 with torch.no_grad():
                     counted = tokens.float() if token_mask is None else tokens.float() * token_mask.unsqueeze(-1)
                     statistics = (*statistics, counted.sum(dim=0))
-        self.experts.expert_capacity = capacity
         output = self.experts(tokens, index, weights.to(tokens.dtype))
         if self.shared_experts is not None:
             output = output + self.shared_experts(tokens)

@@ -92,7 +92,9 @@ def test_assignments_to_experts_of_other_ranks_contribute_nothing():
     assert_close_by_scale(actual, expected, torch.bfloat16)
 
 
-@pytest.mark.parametrize("capacity", [{}, dict(capacity_mode="factor", expert_capacity_factor=0.8)])
+@pytest.mark.parametrize(
+    "capacity", [{}, *(dict(capacity_mode="factor", expert_capacity_factor=factor) for factor in (0.8, 1.25))]
+)
 @pytest.mark.parametrize("num_experts, top_k", [(8, 1), (5, 2)])
 @pytest.mark.parametrize("affinity", ["cosine", "mean"])
 def test_block_agrees_with_plain_torch_and_never_waits(affinity, num_experts, top_k, capacity):
@@ -173,6 +175,7 @@ def test_gate_agrees_with_plain_torch_and_never_waits(hidden_size, num_experts, 
         ({}, torch.bfloat16),  # grouped products take bfloat16 alone
         (dict(capacity_mode="factor", expert_capacity_factor=1.0), torch.bfloat16),
         (dict(capacity_mode="factor", expert_capacity_factor=1.0), torch.float32),
+        (dict(capacity_mode="factor", expert_capacity_factor=1.25), torch.bfloat16),
     ],
 )
 def test_compiled_without_a_graph_break(capacity, dtype):

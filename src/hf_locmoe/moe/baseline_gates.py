@@ -104,7 +104,15 @@ class HashGate(Router):
     def cosines(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.new_zeros((hidden_states.shape[0], self.num_experts), dtype=torch.float32)
 
-    def forward(self, hidden_states, input_ids=None, domain_ids=None, token_mask=None, output_router_stats=False):
+    def forward(
+        self,
+        hidden_states,
+        input_ids=None,
+        domain_ids=None,
+        token_mask=None,
+        output_router_stats=False,
+        capacity=None,
+    ):
         if input_ids is None:
             raise ValueError(
                 "`gate_type` ('hash') routes by token id and needs `input_ids`: pass them instead of `inputs_embeds`, or "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -17,7 +18,17 @@ from .overflow import position_in_expert
 
 
 try:
-    from .kernels import ACTIVATIONS, combine_rows, gather_rows, weighted_activation
+    from .kernels import (
+        ACTIVATIONS,
+        activate,
+        activate_backward,
+        combine,
+        combine_rows,
+        gather,
+        gather_rows,
+        needs_operator,
+        weighted_activation,
+    )
     from .layout_kernels import rows_by_capacity, rows_by_expert
 except ImportError:  # no Triton
     ACTIVATIONS = {}
@@ -29,7 +40,8 @@ class LocMoeExperts(nn.Module):
     `W_out[i] act(W_in[i] x)` (arXiv 2401.13920, eq. 1): `up_proj` (n, f, d) and `down_proj` (n, d, f).
 
     `forward(hidden_states (T, d), top_k_index (T, k), top_k_weights (T, k)) -> (T, d)`. An assignment that was dropped has
-    weight 0. `expert_capacity` is set by the block before each call and read by `"capacity_bmm"` alone.
+    weight 0. `expert_capacity` and `assignments_are_limited` are set by the block before each call and read by
+    `"capacity_bmm"` alone.
     """
 
     def __init__(self, config):
@@ -39,6 +51,7 @@ class LocMoeExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, config.moe_intermediate_size))
         self.act_fn = ACT2FN[config.hidden_act]
         self.expert_capacity: int | None = None
+        self.assignments_are_limited = True
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         return _loop_over_experts(
@@ -65,6 +78,7 @@ class LocMoeGatedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
         self.expert_capacity: int | None = None
+        self.assignments_are_limited = True
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         return _loop_over_experts(
@@ -74,6 +88,13 @@ class LocMoeGatedExperts(nn.Module):
             self.num_experts,
             lambda expert, tokens: self._apply_gate(tokens @ self.gate_up_proj[expert].T) @ self.down_proj[expert].T,
         )
+
+
+def limits_assignments(experts: nn.Module) -> bool:
+    """Whether these experts keep to `expert_capacity` by themselves, dropping what is over it."""
+    return experts.config._experts_implementation == "capacity_bmm" and not getattr(
+        experts, "_is_expert_parallel", False
+    )
 
 
 def _loop_over_experts(hidden_states, top_k_index, top_k_weights, num_experts, run_expert):
@@ -109,48 +130,57 @@ class _ExpertLinear(torch.autograd.Function):
 
 class _ResultToCome(torch.autograd.Function):
     """
-    The last projection and the sum over each token's choices, in the graph before they are computed: the result's shape
-    with nothing in it. What their gradient needs is saved here, so the recomputation of activation checkpointing, which
-    ends once it has seen all that was saved, does not repeat the product. [`_Result`] has the values.
+    The experts in the graph before their last projection is computed: the result's shape with nothing in it, and the inputs
+    of that projection, for [`_Result`]. What the gradient needs is saved here, so the recomputation of activation
+    checkpointing, which ends once it has seen all that was saved, does not repeat the product.
+
+    One function for the whole layer, since a function written in Python costs the host as much as several launches.
     """
 
     @staticmethod
-    def forward(ctx, rows, weight, offsets, row_of_choice, choice_of_row):
-        ctx.save_for_backward(rows, weight, offsets, row_of_choice, choice_of_row)
-        return rows.new_empty(()).expand(row_of_choice.shape[0], weight.shape[1])
+    def forward(ctx, tokens, weights, first, last, row_of_choice, choice_of_row, offsets, activation, gated):
+        rows = gather(tokens, choice_of_row, row_of_choice)
+        inner = _by_expert(rows, first.transpose(1, 2), offsets)
+        activated = activate(inner, weights, choice_of_row, activation, gated)
+        ctx.save_for_backward(rows, inner, activated, weights, first, last, row_of_choice, choice_of_row, offsets)
+        ctx.activation = activation, gated
+        ctx.mark_non_differentiable(activated)
+        ctx.set_materialize_grads(False)
+        return tokens.new_empty(()).expand(tokens.shape[0], last.shape[1]), activated
 
     @staticmethod
-    def backward(ctx, grad):
-        rows, weight, offsets, row_of_choice, choice_of_row = ctx.saved_tensors
-        grad = gather_rows(grad, choice_of_row, row_of_choice)
-        return *_linear_gradients(grad, rows, weight, offsets, *ctx.needs_input_grad[:2]), None, None, None
+    @once_differentiable
+    def backward(ctx, grad, _):
+        rows, inner, activated, weights, first, last, row_of_choice, choice_of_row, offsets = ctx.saved_tensors
+        for_tokens, for_weights, for_first, for_last = ctx.needs_input_grad[:4]
+        for_inner = for_tokens or for_weights or for_first
+        grad_tokens = grad_weights = grad_first = None
+        grad = gather(grad, choice_of_row, row_of_choice)
+        grad, grad_last = _linear_gradients(grad, activated, last, offsets, for_inner, for_last)
+        if for_inner:
+            grad, grad_weights = activate_backward(grad, inner, weights, choice_of_row, *ctx.activation)
+            grad, grad_first = _linear_gradients(grad, rows, first, offsets, for_tokens, for_first)
+        if for_tokens:
+            grad_tokens = combine(grad, row_of_choice, choice_of_row)
+        return grad_tokens, grad_weights, grad_first, grad_last, *[None] * 5
 
 
 class _Result(torch.autograd.Function):
     """The values of a result to come, which takes the gradient as it is."""
 
     @staticmethod
-    def forward(ctx, to_come, rows, weight, offsets, row_of_choice, choice_of_row):
-        return combine_rows(_by_expert(rows, weight.transpose(1, 2), offsets), row_of_choice, choice_of_row)
+    def forward(ctx, to_come, activated, last, row_of_choice, choice_of_row, offsets):
+        return combine(_by_expert(activated, last.transpose(1, 2), offsets), row_of_choice, choice_of_row)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None, None, None, None, None
+        return grad, *[None] * 5
 
 
 def _project(rows, weight, offsets):
     if not torch.is_grad_enabled():
         return _by_expert(rows, weight.transpose(1, 2), offsets)
     return _ExpertLinear.apply(rows, weight, offsets)
-
-
-def _project_and_combine(rows, weight, offsets, row_of_choice, choice_of_row):
-    # the compiler decides by itself what to recompute
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return combine_rows(_project(rows, weight, offsets), row_of_choice, choice_of_row)
-    rest = (offsets, row_of_choice, choice_of_row)
-    to_come = _ResultToCome.apply(rows, weight, *rest)
-    return _Result.apply(to_come, rows.detach(), weight.detach(), *rest)
 
 
 def _linear_gradients(grad, rows, weight, offsets, for_rows, for_weight):
@@ -181,9 +211,10 @@ def capacity_bmm_experts_forward(
     matrix product. Shapes depend on the number of tokens alone, so nothing is read back to the host.
 
     Uses `self.expert_capacity`. Without one (a dropless batch, or a model that knows no capacity) the rows of an expert
-    are as many as its tokens and each projection is one grouped matrix product. Assignments of weight 0 take no room, and
-    those past the capacity of their expert contribute nothing: the caller limits them first
-    (`moe.overflow.limit_to_capacity`).
+    are as many as its tokens and each projection is one grouped matrix product; likewise, where the kernels serve, with a
+    capacity that leaves more room than there are assignments. Assignments past the capacity of their expert contribute
+    nothing, nor do those to an expert id of `num_experts`, which stands for none. Those of weight 0 take no room: the caller
+    has limited the assignments first (`moe.overflow.limit_to_capacity`), unless `self.assignments_are_limited` is False.
 
     On CUDA with Triton, layout, activation and weighting are the kernels of `moe/kernels.py`; elsewhere plain torch, and
     for dropless batches transformers' `"grouped_mm"`.
@@ -199,7 +230,8 @@ def capacity_bmm_experts_forward(
             "`experts_implementation` ('capacity_bmm') serves experts without biases, transposed weights or post-norm: "
             "use 'grouped_mm' for this model."
         )
-    row_of_choice, choice_of_row = _rows_by_capacity(top_k_index, top_k_weights, self.num_experts, capacity)
+    limited = top_k_weights if self.assignments_are_limited else None
+    row_of_choice, choice_of_row = _rows_by_capacity(top_k_index, limited, self.num_experts, capacity)
     # -1 is the row of zeros at the end
     rows = _with_zero_row(hidden_states)[choice_of_row // top_k_index.shape[1]]
     rows = rows.view(self.num_experts, capacity, hidden_states.shape[-1])
@@ -212,16 +244,26 @@ def capacity_bmm_experts_forward(
 
 
 def _fused_forward(self, hidden_states, top_k_index, top_k_weights, capacity, dtype):
+    limited = top_k_weights if self.assignments_are_limited else None
+    offsets = None
     if capacity is None:
-        row_of_choice, choice_of_row, offsets = rows_by_expert(top_k_index, self.num_experts)
+        layout = rows_by_expert(top_k_index, self.num_experts)
+    elif self.num_experts * capacity > top_k_index.numel() and _can_group(self, hidden_states, dtype):
+        # more room than assignments: the rows that are taken, and no product of empty ones
+        layout = rows_by_expert(top_k_index, self.num_experts, limited, capacity)
     else:
-        row_of_choice, choice_of_row = rows_by_capacity(top_k_index, top_k_weights, self.num_experts, capacity)
-        offsets = None
-    rows = gather_rows(hidden_states.to(dtype), choice_of_row, row_of_choice)
-    inner = _project(rows, _first_weight(self).to(dtype), offsets)
-    activation = ACTIVATIONS[self.config.hidden_act]
-    inner = weighted_activation(inner, top_k_weights, choice_of_row, activation, self.has_gate)
-    output = _project_and_combine(inner, self.down_proj.to(dtype), offsets, row_of_choice, choice_of_row)
+        layout = (*rows_by_capacity(top_k_index, limited, self.num_experts, capacity), None)
+    row_of_choice, choice_of_row, offsets = layout
+    tokens, first, last = hidden_states.to(dtype), _first_weight(self).to(dtype), self.down_proj.to(dtype)
+    activation = ACTIVATIONS[self.config.hidden_act], self.has_gate
+    if torch.is_grad_enabled() and not needs_operator(tokens):
+        to_come, activated = _ResultToCome.apply(tokens, top_k_weights, first, last, *layout, *activation)
+        output = _Result.apply(to_come, activated, last.detach(), *layout)
+    else:  # the compiler decides by itself what to recompute
+        rows = gather_rows(tokens, choice_of_row, row_of_choice)
+        inner = _project(rows, first, offsets)
+        inner = weighted_activation(inner, top_k_weights, choice_of_row, *activation)
+        output = combine_rows(_project(inner, last, offsets), row_of_choice, choice_of_row)
     return output.to(hidden_states.dtype)
 
 
@@ -240,6 +282,10 @@ def _can_fuse(self, hidden_states, dtype):
         return False
     if self.expert_capacity is not None:
         return dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return _can_group(self, hidden_states, dtype)
+
+
+def _can_group(self, hidden_states, dtype):
     # what torch's grouped product takes: bfloat16, and rows that begin at multiples of 16 bytes
     return dtype == torch.bfloat16 and hidden_states.shape[-1] % 8 == 0 and self.down_proj.shape[-1] % 8 == 0
 
@@ -258,7 +304,9 @@ def _rows_by_capacity(top_k_index, top_k_weights, num_experts, capacity):
     empty; expert i has the rows from i C.
     """
     num_tokens, top_k = top_k_index.shape
-    expert = torch.where((top_k_weights != 0) & (top_k_index < num_experts), top_k_index, num_experts)
+    expert = top_k_index
+    if top_k_weights is not None:
+        expert = torch.where((top_k_weights != 0) & (top_k_index < num_experts), top_k_index, num_experts)
     # first choices before second ones, as in `limit_to_capacity`
     position = position_in_expert(expert.T.reshape(-1), num_experts).view(top_k, num_tokens).T
     fits = (expert < num_experts) & (position < capacity)
@@ -273,4 +321,4 @@ def _with_zero_row(rows: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, 1))
 
 
-__all__ = ["LocMoeExperts", "LocMoeGatedExperts", "capacity_bmm_experts_forward"]
+__all__ = ["LocMoeExperts", "LocMoeGatedExperts", "capacity_bmm_experts_forward", "limits_assignments"]

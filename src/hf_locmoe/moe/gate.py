@@ -67,6 +67,7 @@ class LocMoeGate(Router):
         domain_ids: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
         output_router_stats: bool = False,
+        capacity: int | None = None,
     ) -> tuple[torch.Tensor, ...]:
         if self.num_expert_groups > 1 or not self._pools_in_one_pass(hidden_states):
             return super().forward(hidden_states, input_ids, domain_ids)
@@ -86,6 +87,7 @@ class LocMoeGate(Router):
             norm_topk_prob=self.norm_topk_prob,
             token_mask=token_mask,
             sample_stride=cosine_stride(num_tokens) if output_router_stats else 0,
+            capacity=capacity,
         )
         return (logits, weights, index, stats) if output_router_stats else (logits, weights, index)
 

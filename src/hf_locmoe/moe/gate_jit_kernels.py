@@ -210,12 +210,16 @@ def gate_kernel(
         tl.store(counts + program * 2 + 1, num_sampled)
 
 
-@triton.jit(do_not_specialize=["P"])
-def add_partials_kernel(partials, counts, stats, P, n: tl.constexpr, PARTS: tl.constexpr, EXPERTS: tl.constexpr):
-    """One row of the statistics, a few experts; `RouterStat` names the rows, those not summed here are 0."""
+@triton.jit(do_not_specialize=["P", "C"])
+def add_partials_kernel(partials, counts, stats, P, C, n: tl.constexpr, PARTS: tl.constexpr, EXPERTS: tl.constexpr):
+    """
+    One row of the statistics, a few experts; `RouterStat` names the rows, those not summed here are 0. C is the capacity, or
+    less than 0.
+    """
     row = tl.program_id(0)
-    source = tl.where(row < 2, row, row - 2)
-    num_parts = tl.where((row < 2) | (row == 4) | (row == 5), P, 0)
+    # drops follow from the assignments
+    source = tl.where(row < 2, row, tl.where(row == 2, 1, row - 2))
+    num_parts = tl.where((row < 2) | ((row == 2) & (C >= 0)) | (row == 4) | (row == 5), P, 0)
     expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
     mask = expert < n
     total = tl.zeros((PARTS, EXPERTS), tl.float32)
@@ -229,6 +233,8 @@ def add_partials_kernel(partials, counts, stats, P, n: tl.constexpr, PARTS: tl.c
             num_counted += tl.load(counts + part * 2, mask=part < P, other=0.0)
             num_sampled += tl.load(counts + part * 2 + 1, mask=part < P, other=0.0)
     value = tl.sum(total, axis=0)
+    if row == 2:
+        value = tl.where(C >= 0, tl.maximum(value - C, 0.0), 0.0)
     if row == 5:  # cosines of a sample of the tokens, for all of them
         value *= tl.sum(num_counted, axis=0) / tl.maximum(tl.sum(num_sampled, axis=0), 1.0)
     tl.store(stats + row * n + expert, value, mask=mask)

@@ -12,11 +12,10 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 from torch import Tensor
 
 from .gate_jit_kernels import add_partials_kernel, gate_kernel, route_backward_kernel
-from .kernels import choose, needs_operator
+from .kernels import ceil_div, choose, needs_operator, power_of_2, with_gradient
 
 
 _TILE = 4096  # elements of the hidden states that a program reads or writes together
@@ -37,7 +36,7 @@ def pools_in_one_pass(hidden_size: int, num_experts: int) -> bool:
 
 def _chunk(num_tokens: int, most: int) -> int:
     """Tokens of a program: a power of two, at most `most`, less where that would leave multiprocessors idle."""
-    return max(1, min(most, triton.next_power_of_2(num_tokens // _PROGRAMS)))
+    return max(1, min(most, power_of_2(num_tokens // _PROGRAMS)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -46,8 +45,8 @@ def _forward_layout(d: int, n: int) -> dict[str, int]:
     align = 8 if d % 8 == 0 else 1
     starts = [i * d // n for i in range(n + 1)]
     widest = max(-(-end // align) * align - start // align * align for start, end in zip(starts, starts[1:]))
-    size = triton.next_power_of_2(widest)
-    padded = window = triton.next_power_of_2(n)
+    size = power_of_2(widest)
+    padded = window = power_of_2(n)
     # as many experts as fit, with few lanes past the last
     while window > 1 and (window * size > _TILE or -(-n // window) * window > 1.25 * n):
         window //= 2
@@ -60,11 +59,11 @@ def _forward_layout(d: int, n: int) -> dict[str, int]:
 @functools.lru_cache(maxsize=256)
 def _backward_layout(num_tokens: int, d: int, n: int) -> dict[str, int]:
     """Tiles of `route_backward_kernel`."""
-    padded = triton.next_power_of_2(n)
+    padded = power_of_2(n)
     chunk = _chunk(num_tokens, max(1, min(_BACKWARD_CHUNK, _MAX_EXPERTS // padded)))
     # blocks of 7 dimensions or more: of 8 dimensions that begin at a multiple of 8, at most two experts have a part
     width = 8 if d % 8 == 0 and d // n >= 7 else 1
-    vectors = triton.next_power_of_2(d // width)
+    vectors = power_of_2(d // width)
     while vectors > 1 and (vectors * width > 1024 or -(-d // (vectors * width)) * vectors * width > 1.1 * d):
         vectors //= 2
     tokens = max(1, min(chunk, _TILE // (vectors * width)))
@@ -82,6 +81,7 @@ def _route(
     relu: bool,
     norm_topk_prob: bool,
     sample_stride: int,
+    capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden_states = hidden_states.contiguous()
     outputs = logits, weights, index, norm, stats = _empty_outputs(
@@ -92,8 +92,8 @@ def _route(
         stats.zero_()
         return outputs
     layout = _forward_layout(hidden_size, num_experts)
-    span = triton.cdiv(num_tokens * layout["num_warps"], _WARPS)
-    programs = triton.cdiv(num_tokens, span)
+    span = ceil_div(num_tokens * layout["num_warps"], _WARPS)
+    programs = ceil_div(num_tokens, span)
     partials = counts = logits
     if sample_stride:
         partials, counts = logits.new_empty((programs, _NUM_SUMMED, num_experts)), logits.new_empty((programs, 2))
@@ -114,7 +114,7 @@ def _route(
         n=num_experts,
         D=hidden_size,
         TOP_K=top_k,
-        K_PAD=triton.next_power_of_2(max(top_k, 1)),
+        K_PAD=power_of_2(max(top_k, 1)),
         COSINE=cosine,
         RELU=relu,
         NORMALIZE=norm_topk_prob,
@@ -124,10 +124,10 @@ def _route(
         **layout,
     )
     if sample_stride:
-        experts = min(_SUMMED_EXPERTS, triton.next_power_of_2(num_experts))
-        parts = min(triton.next_power_of_2(programs), 2 * _TILE // experts)
-        add_partials_kernel[(_NUM_STATS, triton.cdiv(num_experts, experts))](
-            partials, counts, stats, programs, n=num_experts, PARTS=parts, EXPERTS=experts, num_warps=8
+        experts = min(_SUMMED_EXPERTS, power_of_2(num_experts))
+        parts = min(power_of_2(programs), 2 * _TILE // experts)
+        add_partials_kernel[(_NUM_STATS, ceil_div(num_experts, experts))](
+            partials, counts, stats, programs, capacity, n=num_experts, PARTS=parts, EXPERTS=experts, num_warps=8
         )
     return outputs
 
@@ -156,7 +156,9 @@ _route_op = torch.library.custom_op("hf_locmoe::route_pooled", _route, mutates_a
 
 
 @_route_op.register_fake
-def _(hidden_states, bias, noise, token_mask, num_experts, top_k, cosine, relu, norm_topk_prob, sample_stride):
+def _(
+    hidden_states, bias, noise, token_mask, num_experts, top_k, cosine, relu, norm_topk_prob, sample_stride, capacity
+):
     return _empty_outputs(hidden_states, num_experts, top_k, cosine, sample_stride)
 
 
@@ -181,7 +183,7 @@ def _route_backward(
         return grad_hidden
     hidden_size = hidden_states.shape[1]
     tiles = _backward_layout(num_tokens, hidden_size, num_experts)
-    route_backward_kernel[(triton.cdiv(num_tokens, tiles["CHUNK"]),)](
+    route_backward_kernel[(ceil_div(num_tokens, tiles["CHUNK"]),)](
         _or_any(grad_logits, logits),
         _or_any(grad_weights, logits),
         _or_any(grad_stats, logits),
@@ -234,7 +236,7 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    hidden_states, _, noise, token_mask, _, _, *ctx.options, _ = inputs
+    hidden_states, _, noise, token_mask, _, _, *ctx.options, _, _ = inputs
     logits, _, index, norm, _ = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(index, norm)
@@ -245,14 +247,13 @@ def _backward(ctx, grad_logits, grad_weights, _, __, grad_stats):
     hidden_states, *saved = ctx.saved_tensors
     call = _route_backward_op if needs_operator(hidden_states) else _route_backward
     grad = call(grad_logits, grad_weights, grad_stats, hidden_states, *saved, *ctx.options)
-    return grad, *[None] * 9
+    return grad, *[None] * 10
 
 
 _route_op.register_autograd(_backward, setup_context=_save)
 
 
-class _Route(torch.autograd.Function):
-    forward, setup_context, backward = (staticmethod(f) for f in (_route, _save, _backward))
+_Route = with_gradient(_route, _save, _backward)
 
 
 def _call(hidden_states, *arguments):
@@ -272,7 +273,7 @@ def pool_affinity(hidden_states: Tensor, num_experts: int, cosine: bool) -> Tens
     Returns:
         `torch.Tensor` of shape `(T, n)`, float32.
     """
-    return _call(hidden_states, None, None, None, num_experts, 0, cosine, False, False, 0)[0]
+    return _call(hidden_states, None, None, None, num_experts, 0, cosine, False, False, 0, -1)[0]
 
 
 def route_pooled(
@@ -286,6 +287,7 @@ def route_pooled(
     norm_topk_prob: bool,
     token_mask: Tensor | None = None,
     sample_stride: int = 0,
+    capacity: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     The gate from hidden states to experts, weights and statistics; `hidden_states`, `num_experts` and `cosine` as for
@@ -299,14 +301,25 @@ def route_pooled(
         norm_topk_prob (`bool`): Whether a token's weights are scaled to sum to one.
         token_mask (`torch.Tensor` of shape `(T,)`, *optional*): False where a token counts in no statistic.
         sample_stride (`int`): Every how many tokens the cosine with the first expert is taken; 0 for no statistics.
+        capacity (`int`, *optional*): Assignments an expert takes, where what is over it is dropped.
 
     Returns:
         Logits `(T, n)` and weights `(T, k)` float32, indices `(T, k)` int64, and the statistics `(S, n)` of
-        [`~hf_locmoe.moe.routing.router_statistics`] without drops and quantile, `(0, n)` if there are to be none. Of the
+        [`~hf_locmoe.moe.routing.router_statistics`] without quantile and what is rerouted, `(0, n)` if there are to be none. Of the
         statistics, `PROB_SUM` alone carries a gradient.
     """
     logits, weights, index, _, stats = _call(
-        hidden_states, bias, noise, token_mask, num_experts, top_k, cosine, relu, norm_topk_prob, sample_stride
+        hidden_states,
+        bias,
+        noise,
+        token_mask,
+        num_experts,
+        top_k,
+        cosine,
+        relu,
+        norm_topk_prob,
+        sample_stride,
+        -1 if capacity is None else capacity,
     )
     return logits, weights, index, stats
 

@@ -133,9 +133,34 @@ def _activate_backward_kernel(
     tl.store(grad_weights + choice, tl.sum(dot, axis=0).to(grad_weights.dtype.element_ty), mask=used)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """`a / b` rounded up. triton.cdiv takes as long as a tenth of a launch."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is no less than `n`, at least 1; as triton.next_power_of_2."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def needs_operator(tensor: Tensor) -> bool:
     """Whether a kernel has to be called as the operator that the compiler and fake tensors know."""
     return torch.compiler.is_compiling() or type(tensor) is not Tensor
+
+
+def with_gradient(forward, save, backward) -> type[torch.autograd.Function]:
+    """
+    A function of autograd from the three parts that `torch.library.register_autograd` takes. torch binds the arguments of
+    one that has a `setup_context` by its signature, at every call, which takes longer than a launch.
+    """
+
+    def forward_and_save(ctx, *inputs):
+        output = forward(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    parts = {"forward": staticmethod(forward_and_save), "backward": staticmethod(backward)}
+    return type(f"With gradient: {forward.__name__}", (torch.autograd.Function,), parts)
 
 
 def choose(tensor: Tensor, operator, function: type[torch.autograd.Function], plain):
@@ -147,21 +172,22 @@ def choose(tensor: Tensor, operator, function: type[torch.autograd.Function], pl
 
 def gather_rows(source: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
     """(T, d) tokens to the (R, d) rows of their choices; empty rows are zeros."""
-    return choose(source, _gather_op, _Gather, _gather)(source, choice_of_row, row_of_choice)
+    return choose(source, _gather_op, _Gather, gather)(source, choice_of_row, row_of_choice)
 
 
 def combine_rows(rows: Tensor, row_of_choice: Tensor, choice_of_row: Tensor) -> Tensor:
     """(R, d) rows to the (T, d) sums over each token's choices."""
-    return choose(rows, _combine_op, _Combine, _combine)(rows, row_of_choice, choice_of_row)
+    return choose(rows, _combine_op, _Combine, combine)(rows, row_of_choice, choice_of_row)
 
 
 def weighted_activation(inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool) -> Tensor:
     """(R, f) or, gated, (R, 2 f) first projections and (T, k) weights to (R, f): activation times the row's weight."""
-    call = choose(inner, _activate_op, _Activate, _activate)
+    call = choose(inner, _activate_op, _Activate, activate)
     return call(inner, weights, choice_of_row, activation, gated)
 
 
-def _gather(source: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
+def gather(source: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
+    """[`gather_rows`] without a gradient."""
     source = source.contiguous()
     width, num_rows = source.shape[-1], choice_of_row.shape[0]
     rows = source.new_empty((num_rows, width))
@@ -170,29 +196,32 @@ def _gather(source: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Ten
     return rows
 
 
-def _combine(rows: Tensor, row_of_choice: Tensor, choice_of_row: Tensor) -> Tensor:
+def combine(rows: Tensor, row_of_choice: Tensor, choice_of_row: Tensor) -> Tensor:
+    """[`combine_rows`] without a gradient."""
     rows = rows.contiguous()
     width, (num_tokens, top_k) = rows.shape[-1], row_of_choice.shape
     output = rows.new_empty((num_tokens, width))
     if num_tokens:
-        grid = (num_tokens, triton.cdiv(width, _block(width)))
+        grid = (num_tokens, ceil_div(width, _block(width)))
         _combine_kernel[grid](rows, row_of_choice, output, top_k, width, _block(width))
     return output
 
 
-def _activate(inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool) -> Tensor:
+def activate(inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool) -> Tensor:
+    """[`weighted_activation`] without a gradient."""
     inner, weights = inner.contiguous(), weights.contiguous()
     num_rows, width = inner.shape[0], inner.shape[1] // (2 if gated else 1)
     output = inner.new_empty((num_rows, width))
     if num_rows:
-        grid = (num_rows, triton.cdiv(width, _block(width)))
+        grid = (num_rows, ceil_div(width, _block(width)))
         _activate_kernel[grid](inner, weights, choice_of_row, output, activation, gated, width, _block(width))
     return output
 
 
-def _activate_backward(
+def activate_backward(
     grad: Tensor, inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool
 ) -> tuple[Tensor, Tensor]:
+    """The gradients of [`weighted_activation`] for projections and weights."""
     grad, inner, weights = grad.contiguous(), inner.contiguous(), weights.contiguous()
     grad_inner, grad_weights = torch.empty_like(inner), torch.zeros_like(weights)
     if inner.shape[0]:
@@ -212,14 +241,14 @@ def _activate_backward(
 
 
 def _block(width: int) -> int:
-    return min(_COLUMNS, triton.next_power_of_2(width))
+    return min(_COLUMNS, power_of_2(width))
 
 
-_gather_op = torch.library.custom_op("hf_locmoe::gather_rows", _gather, mutates_args=())
-_combine_op = torch.library.custom_op("hf_locmoe::combine_rows", _combine, mutates_args=())
-_activate_op = torch.library.custom_op("hf_locmoe::weighted_activation", _activate, mutates_args=())
+_gather_op = torch.library.custom_op("hf_locmoe::gather_rows", gather, mutates_args=())
+_combine_op = torch.library.custom_op("hf_locmoe::combine_rows", combine, mutates_args=())
+_activate_op = torch.library.custom_op("hf_locmoe::weighted_activation", activate, mutates_args=())
 _activate_backward_op = torch.library.custom_op(
-    "hf_locmoe::weighted_activation_backward", _activate_backward, mutates_args=()
+    "hf_locmoe::weighted_activation_backward", activate_backward, mutates_args=()
 )
 
 
@@ -263,7 +292,7 @@ def _combine_backward(ctx, grad):
 
 
 def _activation_backward(ctx, grad):
-    call = _activate_backward_op if needs_operator(grad) else _activate_backward
+    call = _activate_backward_op if needs_operator(grad) else activate_backward
     return *call(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
@@ -272,16 +301,23 @@ _combine_op.register_autograd(_combine_backward, setup_context=_save_indices)
 _activate_op.register_autograd(_activation_backward, setup_context=_save_activation)
 
 
-class _Gather(torch.autograd.Function):
-    forward, setup_context, backward = (staticmethod(f) for f in (_gather, _save_indices, _gather_backward))
+_Gather = with_gradient(gather, _save_indices, _gather_backward)
+_Combine = with_gradient(combine, _save_indices, _combine_backward)
+_Activate = with_gradient(activate, _save_activation, _activation_backward)
 
 
-class _Combine(torch.autograd.Function):
-    forward, setup_context, backward = (staticmethod(f) for f in (_combine, _save_indices, _combine_backward))
-
-
-class _Activate(torch.autograd.Function):
-    forward, setup_context, backward = (staticmethod(f) for f in (_activate, _save_activation, _activation_backward))
-
-
-__all__ = ["ACTIVATIONS", "choose", "combine_rows", "gather_rows", "needs_operator", "weighted_activation"]
+__all__ = [
+    "ACTIVATIONS",
+    "activate",
+    "activate_backward",
+    "ceil_div",
+    "choose",
+    "combine",
+    "combine_rows",
+    "gather",
+    "gather_rows",
+    "needs_operator",
+    "power_of_2",
+    "weighted_activation",
+    "with_gradient",
+]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import needs_operator
+from .kernels import ceil_div, needs_operator, power_of_2
 
 
 _TILE = 4096  # assignments times experts that a program holds at a time
@@ -73,7 +73,7 @@ def _count_kernel(
     tl.store(counts + program * N_PAD + bins, tl.sum(count, axis=0))
 
 
-@triton.jit(do_not_specialize=["A", "T", "C", "P"])
+@triton.jit(do_not_specialize=["A", "T", "C", "P", "R"])
 def _place_kernel(
     index,
     weights,
@@ -85,19 +85,24 @@ def _place_kernel(
     T,
     C,
     P,
+    R,
     n: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS_FIRST: tl.constexpr,
     WEIGHTED: tl.constexpr,
     RANKS: tl.constexpr,
     LIMITED: tl.constexpr,
+    GROUPED: tl.constexpr,
     SPAN: tl.constexpr,
     CHUNK: tl.constexpr,
     N_PAD: tl.constexpr,
     P_PAD: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Each assignment's row, and the assignment of each row; with RANKS, how many earlier ones its expert has."""
+    """
+    Each assignment's row, and the assignment of each row: an expert's rows begin where those of the one before it end if
+    GROUPED, or at `i C`. With RANKS, how many earlier ones its expert has.
+    """
     program = tl.program_id(0)
     bins = tl.arange(0, N_PAD)
     earlier_parts = tl.zeros((PARTS, N_PAD), tl.int32)
@@ -108,10 +113,13 @@ def _place_kernel(
         earlier_parts += tl.where(part < program, count, 0)
         all_parts += count
     before = tl.sum(earlier_parts, axis=0)
-    if not RANKS and not LIMITED:
-        total = tl.sum(all_parts, axis=0)
-        ends = tl.cumsum(total, axis=0)
-        before += ends - total
+    if GROUPED:
+        taken = tl.sum(all_parts, axis=0)
+        if LIMITED:
+            taken = tl.minimum(taken, C)
+        ends = tl.cumsum(taken, axis=0)
+        starts = ends - taken
+        num_rows = tl.sum(tl.where(bins < n, taken, 0), axis=0)
         if program == 0:
             tl.store(offsets + bins, ends, mask=bins < n)
     for start in range(0, SPAN, CHUNK):
@@ -125,26 +133,36 @@ def _place_kernel(
             tl.store(of_choice + choice, rank.to(tl.int64), mask=exists)
         else:
             has_row = exists & (expert < n)
-            row = rank
             if LIMITED:
                 has_row = has_row & (rank < C)
+            if GROUPED:
+                row = rank + tl.sum(hit * starts[None, :], axis=1)
+                # rows past the last belong to nobody
+                tl.store(
+                    choice_of_row + place, tl.full((CHUNK,), -1, tl.int64), mask=(place >= num_rows) & (place < R)
+                )
+            else:
                 row = expert * C + rank
             tl.store(of_choice + choice, tl.where(has_row, row, -1).to(tl.int64), mask=exists)
             tl.store(choice_of_row + row, choice.to(tl.int64), mask=has_row)
 
 
 def _sort(index, weights, num_experts, slots_first, capacity, of_choice, choice_of_row, offsets):
-    """Both passes. Without `choice_of_row` the ranks of choices, with it their rows; `capacity` None for no limit."""
+    """
+    Both passes. Without `choice_of_row` the ranks of choices, with it their rows, one expert's after the other's where
+    `offsets` are wanted; `capacity` None for no limit.
+    """
     num_tokens, top_k = index.shape
     num_assignments = index.numel()
-    padded = triton.next_power_of_2(num_experts)
+    padded = power_of_2(num_experts)
     chunk = max(1, _TILE // padded)
-    span = max(chunk, _SPAN, triton.next_power_of_2(triton.cdiv(num_assignments, _MAX_PROGRAMS)))
-    programs = triton.cdiv(num_assignments, span)
+    span = max(chunk, _SPAN, power_of_2(ceil_div(num_assignments, _MAX_PROGRAMS)))
+    programs = ceil_div(num_assignments, span)
     counts = index.new_empty((programs, padded), dtype=torch.int32)
     constants = dict(n=num_experts, TOP_K=top_k, SPAN=span, CHUNK=chunk, N_PAD=padded)
     constants.update(SLOTS_FIRST=slots_first, WEIGHTED=weights is not None)
     # where there is none, something to point to, which the kernel does not touch
+    grouped = offsets is not None
     weights, choice_of_row_or_any, offsets = (index if x is None else x for x in (weights, choice_of_row, offsets))
     _count_kernel[(programs,)](index, weights, counts, num_assignments, num_tokens, **constants)
     _place_kernel[(programs,)](
@@ -158,27 +176,37 @@ def _sort(index, weights, num_experts, slots_first, capacity, of_choice, choice_
         num_tokens,
         0 if capacity is None else capacity,
         programs,
+        choice_of_row_or_any.numel(),
         RANKS=choice_of_row is None,
         LIMITED=capacity is not None,
-        P_PAD=triton.next_power_of_2(programs),
-        PARTS=min(triton.next_power_of_2(programs), chunk),
+        GROUPED=grouped,
+        P_PAD=power_of_2(programs),
+        PARTS=min(power_of_2(programs), chunk),
         **constants,
     )
 
 
-def _rows_by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    index = index.contiguous()
-    row_of_choice, choice_of_row = torch.empty_like(index), index.new_full((index.numel(),), -1)
+def _num_rows(index: Tensor, num_experts: int, capacity: int | None) -> int:
+    return index.numel() if capacity is None else min(index.numel(), num_experts * capacity)
+
+
+def _rows_by_expert(
+    index: Tensor, num_experts: int, weights: Tensor | None, capacity: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    index, weights = index.contiguous(), None if weights is None else weights.contiguous()
+    row_of_choice = torch.empty_like(index)
+    choice_of_row = index.new_empty((_num_rows(index, num_experts, capacity),))
     offsets = index.new_empty((num_experts,), dtype=torch.int32)
     if index.numel():
-        _sort(index, None, num_experts, False, None, row_of_choice, choice_of_row, offsets)
+        slots_first = capacity is not None
+        _sort(index, weights, num_experts, slots_first, capacity, row_of_choice, choice_of_row, offsets)
     else:
         offsets.zero_()
     return row_of_choice, choice_of_row, offsets
 
 
-def _rows_by_capacity(index: Tensor, weights: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
-    index, weights = index.contiguous(), weights.contiguous()
+def _rows_by_capacity(index: Tensor, weights: Tensor | None, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
+    index, weights = index.contiguous(), None if weights is None else weights.contiguous()
     row_of_choice, choice_of_row = torch.empty_like(index), index.new_full((num_experts * capacity,), -1)
     if index.numel():
         _sort(index, weights, num_experts, True, capacity, row_of_choice, choice_of_row, None)
@@ -199,8 +227,8 @@ _rank_in_expert_op = torch.library.custom_op("hf_locmoe::rank_in_expert", _rank_
 
 
 @_rows_by_expert_op.register_fake
-def _(index, num_experts):
-    rows = index.new_empty(index.shape), index.new_empty((index.numel(),))
+def _(index, num_experts, weights, capacity):
+    rows = index.new_empty(index.shape), index.new_empty((_num_rows(index, num_experts, capacity),))
     return *rows, index.new_empty((num_experts,), dtype=torch.int32)
 
 
@@ -214,35 +242,42 @@ def _(index, num_experts, slots_first):
     return index.new_empty(index.shape)
 
 
-def rows_by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def rows_by_expert(
+    index: Tensor, num_experts: int, weights: Tensor | None = None, capacity: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """
     The rows of assignments sorted by expert, in the order of the tokens; as many rows for an expert as it has assignments.
 
     Args:
         index (`torch.Tensor` of shape `(T, k)`): Int64, the experts; an id of n or more is none.
         num_experts (`int`): n.
+        weights (`torch.Tensor` of shape `(T, k)`, *optional*): Any float dtype; assignments of weight 0 have no row.
+        capacity (`int`, *optional*): C. An expert has at most that many rows, of first choices before second ones.
 
     Returns:
-        `row_of_choice` `(T, k)` and `choice_of_row` `(A,)`, int64, -1 for none; where each expert's rows end `(n,)`, int32.
+        `row_of_choice` `(T, k)` and `choice_of_row` `(A,)` or `(min(A, n C),)`, int64, -1 for none; where each expert's rows
+        end `(n,)`, int32.
     """
-    return _call(_rows_by_expert_op, _rows_by_expert, index, num_experts)
+    weights = None if weights is None else weights.detach()
+    return _call(_rows_by_expert_op, _rows_by_expert, index, num_experts, weights, capacity)
 
 
-def rows_by_capacity(index: Tensor, weights: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
+def rows_by_capacity(index: Tensor, weights: Tensor | None, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
     """
     The rows of assignments where expert i has those from `i C`: first choices before second ones, those past the capacity
     and those of weight 0 have none.
 
     Args:
         index (`torch.Tensor` of shape `(T, k)`): As for [`rows_by_expert`].
-        weights (`torch.Tensor` of shape `(T, k)`): Any float dtype.
+        weights (`torch.Tensor` of shape `(T, k)`, *optional*): Likewise.
         num_experts (`int`): n.
         capacity (`int`): C.
 
     Returns:
         `row_of_choice` `(T, k)` and `choice_of_row` `(n C,)`, int64, -1 for none.
     """
-    return _call(_rows_by_capacity_op, _rows_by_capacity, index, weights.detach(), num_experts, capacity)
+    weights = None if weights is None else weights.detach()
+    return _call(_rows_by_capacity_op, _rows_by_capacity, index, weights, num_experts, capacity)
 
 
 def rank_in_expert(index: Tensor, num_experts: int, slots_first: bool) -> Tensor:

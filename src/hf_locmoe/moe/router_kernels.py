@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernels import ceil_div, power_of_2
+
 
 _TILE = 4096  # logits that a program holds
 _NUM_SUMS = 3  # rows of `route_sums`: probability, assignments, entropy
@@ -150,10 +152,10 @@ def _sums_backward_kernel(
 def _layout(logits: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """Grid and constants of the kernels."""
     num_tokens, num_experts = logits.shape
-    padded = triton.next_power_of_2(num_experts)
+    padded = power_of_2(num_experts)
     tokens = max(1, _TILE // padded)
     constants = {"T": num_tokens, "n": num_experts, "TOKENS": tokens, "N_PAD": padded}
-    return (triton.cdiv(num_tokens, tokens),), constants
+    return (ceil_div(num_tokens, tokens),), constants
 
 
 @torch.library.custom_op("hf_locmoe::top_k_of_router", mutates_args=())
@@ -216,9 +218,9 @@ def count_limited(
     """
     if not index.numel():
         return index.new_zeros((2, num_experts), dtype=torch.float32)
-    padded = triton.next_power_of_2(num_experts)
+    padded = power_of_2(num_experts)
     assignments = max(1, _TILE // padded)
-    programs = triton.cdiv(index.numel(), assignments)
+    programs = ceil_div(index.numel(), assignments)
     counts = index.new_empty((programs, 2, num_experts), dtype=torch.float32)
     _count_kernel[(programs,)](
         index.contiguous(),

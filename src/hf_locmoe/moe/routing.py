@@ -80,6 +80,7 @@ class Router(nn.Module):
         domain_ids: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
         output_router_stats: bool = False,
+        capacity: int | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """
         Args:
@@ -88,6 +89,7 @@ class Router(nn.Module):
             domain_ids (`torch.Tensor` of shape `(T,)`, *optional*): The expert group of each token (two-level routing).
             token_mask (`torch.Tensor` of shape `(T,)`, *optional*): False where a token counts in no statistic.
             output_router_stats (`bool`): Whether there will be statistics of this forward.
+            capacity (`int`, *optional*): Assignments an expert takes, where the rest is dropped; the statistics hold how many.
 
         Returns:
             Router logits `(T, n)` float32 (-inf for experts outside a token's domain), routing weights `(T, k)` float32
@@ -198,6 +200,8 @@ def router_statistics(
     rerouted: torch.Tensor | None = None,
     cos_quantile: float | None = None,
     summed: torch.Tensor | None = None,
+    *,
+    capacity: int | None = None,
 ) -> torch.Tensor:
     """
     One layer's statistics for one forward.
@@ -210,8 +214,9 @@ def router_statistics(
         token_mask (`torch.Tensor` of shape `(T,)`, *optional*): False where a token is padding, which counts nowhere.
         dropped, rerouted (`torch.Tensor` of shape `(T, k)`, *optional*): Boolean, see [`RouterStat`]; both or none.
         cos_quantile (`float`, *optional*): Quantile of the cosines to record.
-        summed (`torch.Tensor` of shape `(S, n)`, *optional*): What the gate summed as it routed: all but the drops and the
-            quantile.
+        summed (`torch.Tensor` of shape `(S, n)`, *optional*): What the gate summed as it routed: all but the quantile and
+            what `dropped` and `rerouted` say.
+        capacity (`int`, *optional*): In the place of `dropped` and `rerouted`, where each expert drops what is over it.
 
     Returns:
         `torch.Tensor` of shape `(S, n)`, float32. Only `PROB_SUM` carries a gradient.
@@ -225,9 +230,12 @@ def router_statistics(
             sums = route_sums if on_kernels else _plain_sums
             prob_sum, tokens, entropy_sum = sums(router_logits, top_k_index, token_mask)
         else:
-            prob_sum, tokens, _, _, entropy_sum, cos_sum, cos_quantile_sum = summed
+            prob_sum, tokens, num_dropped, num_rerouted, entropy_sum, cos_sum, cos_quantile_sum = summed
         with torch.no_grad():
-            num_dropped = num_rerouted = torch.zeros_like(tokens)
+            if summed is None:
+                num_dropped = num_rerouted = torch.zeros_like(tokens)
+                if capacity is not None:
+                    num_dropped = (tokens - capacity).clamp_min(0)
             if dropped is not None:
                 count = count_limited if on_kernels else _plain_counts
                 num_dropped, num_rerouted = count(top_k_index, token_mask, dropped, rerouted, gate.num_experts)

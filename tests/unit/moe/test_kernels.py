@@ -5,6 +5,7 @@ Every Triton kernel against plain torch, forward and backward, on random inputs 
 On a CUDA device, or anywhere under Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/unit/moe/test_kernels.py`.
 """
 
+import itertools
 import math
 import os
 
@@ -106,12 +107,22 @@ def test_layouts_are_a_stable_sorts(num_tokens, num_experts, k, monkeypatch):
     assert torch.equal(row_of_choice.flatten(), torch.empty_like(rows).scatter_(0, order, rows))
     assert torch.equal(offsets.long(), torch.bincount(ids, minlength=num_experts + 1)[:-1].cumsum(0))
 
-    for capacity in (1, 7, num_tokens * k):
-        actual = layout_kernels.rows_by_capacity(index, weights, num_experts, capacity)
+    for capacity, limited in itertools.product((1, 7, num_tokens * k), (weights, None)):
+        actual = layout_kernels.rows_by_capacity(index, limited, num_experts, capacity)
         with monkeypatch.context() as patch:
             patch.setattr(overflow, "rank_in_expert", None)
-            expected = _rows_by_capacity(index, weights, num_experts, capacity)
+            expected = _rows_by_capacity(index, limited, num_experts, capacity)
         assert all(torch.equal(fast, slow) for fast, slow in zip(actual, expected))
+
+        # the same without the rows that are empty
+        row_of_choice, choice_of_row, offsets = layout_kernels.rows_by_expert(index, num_experts, limited, capacity)
+        taken = expected[1] >= 0
+        assert torch.equal(offsets.long(), taken.view(num_experts, capacity).sum(1).cumsum(0))
+        assert choice_of_row.shape == (min(num_tokens * k, num_experts * capacity),)
+        assert torch.equal(choice_of_row[: taken.sum()], expected[1][taken])
+        assert (choice_of_row[taken.sum() :] == -1).all()
+        places = (taken.cumsum(0) - 1)[expected[0].clamp_min(0)]
+        assert torch.equal(row_of_choice, torch.where(expected[0] >= 0, places, -1))
 
     counted = index < num_experts
     for slots_first in (False, True):
@@ -265,7 +276,7 @@ def test_gate_in_one_pass(num_tokens, hidden_size, num_experts, k, form, dtype, 
 
     def fast(x):
         return gate_kernels.route_pooled(
-            x, gate.e_score_correction_bias, noise, num_experts, k, cosine, relu, scaled, mask, stride
+            x, gate.e_score_correction_bias, noise, num_experts, k, cosine, relu, scaled, mask, stride, 1
         )
 
     def plain(x):
@@ -277,7 +288,7 @@ def test_gate_in_one_pass(num_tokens, hidden_size, num_experts, k, form, dtype, 
             gate.noise_std = 1.0
             monkeypatch.setattr(torch, "randn_like", lambda affinity: noise)
         logits, weights, index = gate(x)
-        return logits, weights, index, routing.router_statistics(gate, x, logits, index, mask)
+        return logits, weights, index, routing.router_statistics(gate, x, logits, index, mask, capacity=1)
 
     results = []
     for route in (fast, plain):
@@ -369,4 +380,88 @@ def test_checkpointing_does_not_repeat_the_last_projection(capacity, monkeypatch
     (once, expected), (again, actual) = step(False), step(True)
     assert again == once + 1
     for fast, slow in zip(actual, expected):
+        assert_close(fast, slow)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "factor, overflow_rule", [(0.4, "drop"), (1.0, "drop"), (1.6, "drop"), (0.4, "next_best"), (1.6, "next_best")]
+)
+def test_block_limits_as_the_reference(factor, padded, overflow_rule, monkeypatch):
+    """
+    Experts that drop by themselves beside limited assignments and a loop over experts: output, statistics, gradients. With
+    more room than assignments the rows are grouped, here by a loop, since torch's product takes bfloat16 alone.
+    """
+    config = tiny_config(
+        num_experts=5,
+        num_experts_per_tok=2,
+        gated_mlp=True,
+        hidden_act="silu",
+        capacity_mode="factor",
+        expert_capacity_factor=factor,
+        capacity_overflow=overflow_rule,
+    )
+    torch.manual_seed(0)
+    block = LocMoeSparseMoeBlock(config, 0)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    block = block.to(DEVICE).train()
+    x = torch.randn(3, 9, 32, device=DEVICE)
+    x[:, ::2] = x[:1, :1] + 0.1 * x[:, ::2]  # uneven loads
+    mask = torch.rand(3, 9, device=DEVICE) > 0.3 if padded else None
+    monkeypatch.setattr(experts_module, "_can_group", lambda *_: True)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", _grouped_by_a_loop)
+
+    def step(implementation):
+        config._experts_implementation = implementation
+        monkeypatch.setattr(experts_module, "_kernels_run_on", lambda _: implementation == "capacity_bmm")
+        y = x.clone().requires_grad_()
+        output, stats = block(y, token_mask=mask, output_router_stats=True)
+        loss = (output * x.roll(1)).sum() + stats[0].square().sum()
+        return [output.detach(), stats.detach(), *torch.autograd.grad(loss, [y, *block.parameters()])]
+
+    actual, expected = step("capacity_bmm"), step("eager")
+    assert factor > 0.4 or expected[1][routing.RouterStat.DROPPED].sum() > 0
+    for fast, slow in zip(actual, expected):
+        assert_close(fast, slow)
+
+
+def _grouped_by_a_loop(rows, other, offs):
+    """`torch.nn.functional.grouped_mm`; what belongs to no group is left poisoned."""
+    bounds = [0, *offs.tolist()]
+    spans = list(zip(bounds, bounds[1:]))
+    if other.dim() == 2:
+        return torch.stack([rows[:, start:end] @ other[start:end] for start, end in spans])
+    output = rows.new_full((rows.shape[0], other.shape[2]), float("nan"))
+    for (start, end), weight in zip(spans, other, strict=True):
+        output[start:end] = rows[start:end] @ weight
+    return output
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (3,), (0, 1, 2), (2, 3), (1, 2, 3)])
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_experts_in_one_function_are_the_operators(capacity, frozen, monkeypatch):
+    """The eager form beside the one that the compiler takes, whatever needs a gradient: tokens, weights, projections."""
+    config = tiny_config(num_experts=5, num_experts_per_tok=2, gated_mlp=True, hidden_act="silu")
+    config._experts_implementation = "capacity_bmm"
+    experts = experts_module.LocMoeGatedExperts(config).to(DEVICE)
+    monkeypatch.setattr(experts_module, "_kernels_run_on", lambda _: True)
+    monkeypatch.setattr(experts_module, "_can_group", lambda *_: True)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", _grouped_by_a_loop)
+    experts.expert_capacity = capacity
+    tokens, weights = torch.randn(11, 32, device=DEVICE), torch.rand(11, 2, device=DEVICE)
+    index = torch.rand(11, 5, device=DEVICE).topk(2).indices
+    leaves = [tokens, weights, experts.gate_up_proj, experts.down_proj]
+    for place, leaf in enumerate(leaves):
+        torch.nn.init.normal_(leaf) if place > 1 else None
+        leaf.requires_grad_(place not in frozen)
+    direction = torch.randn(11, 32, device=DEVICE)
+    results = []
+    for as_operators in (False, True):
+        monkeypatch.setattr(experts_module, "needs_operator", lambda _, answer=as_operators: answer)
+        output = experts(tokens, index, weights)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        results.append([output.detach(), *torch.autograd.grad(output, wanted, direction)])
+    for fast, slow in zip(*results):
+        assert not fast.isnan().any()
         assert_close(fast, slow)
