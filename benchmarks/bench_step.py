@@ -31,6 +31,7 @@ from benchmarks.cluster import Cluster, Counters, Link, run_on_nodes
 from benchmarks.gloo_device import share_gloo_device
 from benchmarks.record import Load, Record, Spread
 from benchmarks.step_variants import DEFAULT_VARIANTS, VARIANTS, Setup, Variant, build
+from hf_locmoe.distributed.expert_parallel import expert_parallel_layers
 
 
 # After more steps rounding has grown through the router's choices: a token between two experts goes to the other one.
@@ -101,7 +102,11 @@ def worker(setup: Setup, variants: list[Variant], output: Path) -> None:
     everyone = [None] * setup.world_size
     dist.all_gather_object(everyone, mine)
     if rank == 0:
-        output.write_text(json.dumps({name: _merge(name, everyone, setup) for name in models}))
+        merged = {name: _merge(name, everyone, setup) for name in models}
+        for name, model in models.items():
+            chosen = {layer.choices for layer in expert_parallel_layers(model)}
+            merged[name]["fan_out_and_slices"] = sorted(map(list, chosen - {None}))
+        output.write_text(json.dumps(merged))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -217,13 +222,24 @@ def verdicts(links: list[Link], variants: list[Variant], table: list[dict]) -> l
     return lines
 
 
+def chosen_slices(measured: dict) -> str:
+    """What "auto" came to, by link and variant."""
+    return "; ".join(
+        f"{link}: {name} {', '.join(f'{fan_out} {slices}' for fan_out, slices in one['fan_out_and_slices'])}"
+        for link, variants in measured.items()
+        for name, one in variants.items()
+        if one["fan_out_and_slices"]
+    )
+
+
 def report(
     setup: Setup,
     links: list[Link],
     variants: list[Variant],
     table: list[dict],
     load: Load,
-    raw: dict,
+    truth: list[float],
+    measured: dict,
     command: str,
 ) -> Record:
     columns = {"variant": "", "layout": "layout", "exchange": "expert exchange", "sent_mb": "MB a node sends a step"}
@@ -246,6 +262,7 @@ def report(
         notes=[
             *verdicts(links, variants, table),
             *ROUTING_NOTES.get(setup.architecture, []),
+            f"Fan-out and slices that were chosen: {chosen_slices(measured)}.",
             "What is left of a step after the bytes and what `alone` takes: weights and gradients exchanged inside a node, "
             "and waiting for the busiest rank and the busier direction of the link.",
             "Emulated nodes on one machine: the links' rates are real, their latency is not, and all ranks share the "
@@ -256,7 +273,7 @@ def report(
             "NCCL's would be.",
         ],
         load=load.result(),
-        extra={"raw": raw},
+        extra={"raw": {"truth": truth, **measured}},
     )
 
 
@@ -291,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         measured = measure(setup, variants, links)
     table = rows(setup, variants, links, measured, truth)
     command = " ".join(["python -m benchmarks.bench_step", *(argv if argv is not None else sys.argv[1:])])
-    record = report(setup, links, variants, table, load, {"truth": truth, **measured}, command)
+    record = report(setup, links, variants, table, load, truth, measured, command)
     print(record.table())
     if not args.dry:
         print(record.write(args.hardware, **({"directory": args.output} if args.output else {})))

@@ -26,7 +26,11 @@ from .recomputation import Recomputation
 
 
 _MAX_SLICES = 4
-_LEAST_GAIN = 0.15  # what a prediction must promise before it is acted on: rates measured on busy machines swing
+# What a prediction must promise before it is acted on: rates measured on busy machines swing, and an accelerator computes fewer
+# rows at a lower rate.
+_LEAST_GAIN = {"cpu": 0.05}
+_LEAST_GAIN_ON_ACCELERATORS = 0.15
+_LEAST_GAIN_OF_FAN_OUT = 0.15
 _PROBES = 8
 # A message to each peer, long enough to see a rate: 10 ms at 200 Mbit/s, and on accelerators' links some 50 us.
 _PROBE_BYTES = {"cpu": 1 << 18}
@@ -93,18 +97,22 @@ class CostModel:
         node_local_bytes_per_s (`float`): bytes a second that one rank exchanges inside its node.
         remote_bytes_per_s (`float`): bytes a second that one rank exchanges with other nodes.
         flops_per_s (`float`): floating-point operations a second of one rank.
+        overlap (`float`, *optional*, defaults to 1.0):
+            Share of the shorter of a transfer and a computation that is saved when they run side by side. A link that is
+            slow by itself leaves the processor alone; copies between processes on a busy one save nothing.
     """
 
     latency_s: float
     node_local_bytes_per_s: float
     remote_bytes_per_s: float
     flops_per_s: float
+    overlap: float = 1.0
 
     @classmethod
     def measure(cls, peers: Peers, dtype: torch.dtype = torch.float32) -> CostModel:
         """
-        Times a few exchanges and one matrix product, in `dtype` on an accelerator; collective over the group. The slowest
-        rank counts.
+        Times a few exchanges, a matrix product, in `dtype` on an accelerator, and both at once; collective over the group.
+        The slowest rank counts.
         """
         same_node = peers.topology.same_node(peers.rank)
         device = peers.expert_to_rank.device
@@ -114,34 +122,52 @@ class CostModel:
         generator = torch.Generator(device).manual_seed(0)
         factors = torch.randn(side, side, device=device, generator=generator)
         factors = factors if device.type == "cpu" else factors.to(dtype)
-        seconds = torch.tensor(
-            [
-                _exchange_seconds(peers, [0] * peers.num_ranks),
-                _exchange_seconds(peers, [num_bytes if near else 0 for near in same_node]),
-                _exchange_seconds(peers, [0 if near else num_bytes for near in same_node]),
-                _seconds(lambda: factors @ factors, device),
-            ],
-            dtype=torch.float64,
-            device=device,
+        near = [num_bytes if is_near else 0 for is_near in same_node]
+        far = [num_bytes - bytes_near for bytes_near in near]
+        latency_s, node_local_s, remote_s = (
+            _seconds(_exchange(peers, sizes), device) for sizes in ([0] * peers.num_ranks, near, far)
         )
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=peers.group)
-        latency_s, node_local_s, remote_s, product_s = seconds.tolist()
+        exchange_s, exchange = (remote_s, _exchange(peers, far)) if any(far) else (node_local_s, _exchange(peers, near))
+
+        def compute(num_products: int = 1) -> None:
+            for _ in range(num_products):
+                factors @ factors
+
+        def both() -> None:
+            work = exchange(is_async=True)
+            compute(num_products)
+            work.wait()
+
+        # As long as the exchange: the rate that a rank keeps up, and what the two save side by side.
+        num_products = max(1, round(exchange_s / _seconds(compute, device)))
+        compute_s = _seconds(lambda: compute(num_products), device)
+        saved_s = exchange_s + compute_s - _seconds(both, device)
+        wasted = 1 - max(0.0, min(1.0, saved_s / min(exchange_s, compute_s)))
+        product_s = compute_s / num_products
+        slowest = torch.tensor(
+            [latency_s, node_local_s, remote_s, product_s, wasted], dtype=torch.float64, device=device
+        )
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=peers.group)
+        latency_s, node_local_s, remote_s, product_s, wasted = slowest.tolist()
         # The largest node's sizes, so that all ranks get the same numbers on uneven nodes too.
-        near, far = peers.ranks_per_node, peers.num_ranks - min(peers.topology.node_sizes)
+        num_near, num_far = peers.ranks_per_node, peers.num_ranks - min(peers.topology.node_sizes)
         return cls(
             latency_s=latency_s,
-            node_local_bytes_per_s=num_bytes * near / max(node_local_s - latency_s, 1e-6),
-            remote_bytes_per_s=num_bytes * far / max(remote_s - latency_s, 1e-6) if far else float("inf"),
+            node_local_bytes_per_s=num_bytes * num_near / max(node_local_s - latency_s, 1e-6),
+            remote_bytes_per_s=num_bytes * num_far / max(remote_s - latency_s, 1e-6) if num_far else float("inf"),
             flops_per_s=2 * side**3 / product_s,
+            overlap=1 - wasted,
         )
 
     def choose_slices(self, num_tokens: int, row_bytes: int, num_top_k: int, row_flops: float, peers: Peers) -> int:
         """
-        Slices that make one direction of a layer fastest; 1 where that is predicted to gain less than 15 %.
+        Slices that make a layer's forward and backward fastest; 1 where little is gained, on the CPU less than 5 %, on
+        accelerators than 15 %.
 
         With `s` slices the transfers and the computation of all but one slice run side by side, and each slice costs
-        two more exchanges' latency: `max(transfer, compute) + min(transfer, compute) / s + 2 * s * latency`. The
-        transfer is both directions of an exchange, taken as if routing were uniform.
+        two more exchanges' latency in each direction, which takes `transfer + compute - overlap * (1 - 1 / s) *
+        min(transfer, compute) + 2 * s * latency`. The transfer is both ways of an exchange, taken as if routing were
+        uniform; backward computes twice what forward does.
 
         Args:
             num_tokens (`int`): tokens of the rank that has most.
@@ -156,11 +182,12 @@ class CostModel:
         compute_s = num_tokens * num_top_k * row_flops / self.flops_per_s
 
         def predicted_s(num_slices: int) -> float:
-            longer, shorter = max(transfer_s, compute_s), min(transfer_s, compute_s)
-            return longer + shorter / num_slices + 2 * num_slices * self.latency_s
+            hidden_s = min(transfer_s, compute_s) + min(transfer_s, 2 * compute_s)
+            hidden_s *= self.overlap * (1 - 1 / num_slices)
+            return 2 * transfer_s + 3 * compute_s - hidden_s + 4 * num_slices * self.latency_s
 
         best = min(range(1, _MAX_SLICES + 1), key=predicted_s)
-        return best if predicted_s(best) < (1 - _LEAST_GAIN) * predicted_s(1) else 1
+        return best if predicted_s(best) < (1 - _least_gain(peers)) * predicted_s(1) else 1
 
     def choose_fan_out(self, num_top_k: int, peers: Peers) -> FanOut:
         """
@@ -172,7 +199,11 @@ class CostModel:
             remote, node_local = _copies_per_token(num_top_k, peers, fan_out)
             return remote / self.remote_bytes_per_s + node_local / self.node_local_bytes_per_s
 
-        return "node" if seconds_a_byte("node") < (1 - _LEAST_GAIN) * seconds_a_byte("rank") else "rank"
+        return "node" if seconds_a_byte("node") < (1 - _LEAST_GAIN_OF_FAN_OUT) * seconds_a_byte("rank") else "rank"
+
+
+def _least_gain(peers: Peers) -> float:
+    return _LEAST_GAIN.get(peers.expert_to_rank.device.type, _LEAST_GAIN_ON_ACCELERATORS)
 
 
 def _copies_per_token(num_top_k: int, peers: Peers, fan_out: FanOut) -> tuple[float, float]:
@@ -194,11 +225,13 @@ def _copies_per_token(num_top_k: int, peers: Peers, fan_out: FanOut) -> tuple[fl
     return remote_nodes, (own - 1) * hit_rank + remote_ranks
 
 
-def _exchange_seconds(peers: Peers, sizes: list[int]) -> float:
-    device = peers.expert_to_rank.device
-    sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+def _exchange(peers: Peers, sizes: list[int]) -> Callable[..., Any]:
+    """An exchange of so many bytes with each rank, to be run again and again."""
+    sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=peers.expert_to_rank.device)
     received = torch.empty_like(sent)
-    return _seconds(lambda: dist.all_to_all_single(received, sent, sizes, sizes, group=peers.group), device)
+    return lambda is_async=False: dist.all_to_all_single(
+        received, sent, sizes, sizes, group=peers.group, async_op=is_async
+    )
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:

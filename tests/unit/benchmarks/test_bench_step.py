@@ -96,7 +96,10 @@ def test_the_report_marks_what_is_wrong():
     with Load() as load:
         pass
     result = table(a=measured(4.0), d=measured(2.0, losses=[*TRUTH[:4], 2.0]))
-    text = report(SETUP, [LINK], UPSTREAM, list(result.values()), load, {}, "command").table()
+    runs = {str(LINK): {"a": {"fan_out_and_slices": []}, "s-locmoe": {"fan_out_and_slices": [["rank", 2]]}}}
+    record = report(SETUP, [LINK], UPSTREAM, list(result.values()), load, TRUTH, runs, "command")
+    assert f"Fan-out and slices that were chosen: {LINK}: s-locmoe rank 2." in record.notes
+    text = record.table()
     assert "1.0e+00 WRONG, no speed" in text
     assert "0.0e+00" in text
 

@@ -16,8 +16,8 @@ def make_peers(ranks_per_node, num_ranks, rank=0):
     return Peers(NodeTopology.from_ranks_per_node(ranks_per_node, num_ranks).with_experts(num_ranks), rank, None)
 
 
-def cost(latency_s=1e-5, node_local=1e10, remote=1e8, flops=1e12):
-    return CostModel(latency_s, node_local, remote, flops)
+def cost(latency_s=1e-5, node_local=1e10, remote=1e8, flops=1e12, overlap=1.0):
+    return CostModel(latency_s, node_local, remote, flops, overlap)
 
 
 # 4096 tokens of 4 KiB, half of them to other nodes: 0.17 s of transfer there and back at 1e8 bytes a second
@@ -32,7 +32,20 @@ def test_one_slice_where_there_is_little_to_hide():
     assert cost().choose_slices(row_flops=1e5, **SIZES) == 1  # nothing to hide the transfer under
     assert cost(remote=1e12, node_local=1e12).choose_slices(row_flops=4e7, **SIZES) == 1  # no transfer
     assert cost(latency_s=0.1).choose_slices(row_flops=4e7, **SIZES) == 1  # an exchange costs more than it hides
+    assert cost(overlap=0.05).choose_slices(row_flops=4e7, **SIZES) == 1  # the two take each other's time
     assert cost().choose_slices(row_flops=4e7, **(SIZES | dict(num_tokens=0))) == 1
+
+
+def test_the_slices_chosen_are_the_fastest_as_predicted():
+    """0.084 s of transfer each way, 0.02 s of computation in forward and 0.04 s in backward, all of it hidden or half."""
+    seconds = {s: 2 * 0.168 + 3 * 0.02 - (1 - 1 / s) * (0.02 + 0.04) + 4 * s * 1e-3 for s in (1, 2, 3, 4)}
+    assert min(seconds, key=seconds.get) == cost(latency_s=1e-3).choose_slices(row_flops=0.02e12 / 4096, **SIZES) == 4
+    seconds = {s: 2 * 0.168 + 3 * 0.02 - 0.5 * (1 - 1 / s) * (0.02 + 0.04) + 4 * s * 1e-3 for s in (1, 2, 3, 4)}
+    half = cost(latency_s=1e-3, overlap=0.5).choose_slices(row_flops=0.02e12 / 4096, **SIZES)
+    # 3 would be the fastest, but not by a twentieth
+    assert min(seconds, key=seconds.get) == 3
+    assert min(seconds.values()) > 0.95 * seconds[1]
+    assert half == 1
 
 
 def test_more_latency_never_asks_for_more_slices():
