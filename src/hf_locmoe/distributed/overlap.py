@@ -127,7 +127,9 @@ class CostModel:
         latency_s, node_local_s, remote_s = (
             _seconds(_exchange(peers, sizes), device) for sizes in ([0] * peers.num_ranks, near, far)
         )
-        exchange_s, exchange = (remote_s, _exchange(peers, far)) if any(far) else (node_local_s, _exchange(peers, near))
+        exchange_s, exchange = (
+            (remote_s, _exchange(peers, far)) if any(far) else (node_local_s, _exchange(peers, near))
+        )
 
         def compute(num_products: int = 1) -> None:
             for _ in range(num_products):
