@@ -143,7 +143,8 @@ def measure(shape: str, rate: float) -> dict:
     }
 
 
-def bench_block() -> Record:
+def bench_block(quick: bool = False) -> Record:
+    """All shapes, `quick` or not."""
     rate = matmul_rate()
     rows = []
     for shape in SHAPES:

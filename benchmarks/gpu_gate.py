@@ -15,7 +15,7 @@ from benchmarks.gpu_timing import copy_bandwidth, timed_graph_us
 from benchmarks.record import Record
 from hf_locmoe import LocMoeConfig
 from hf_locmoe.moe import gate as gate_module
-from hf_locmoe.moe import routing
+from hf_locmoe.moe import gate_kernels, routing
 from hf_locmoe.moe.baseline_gates import SwitchGate
 from hf_locmoe.moe.gate import LocMoeGate
 from tests.tolerances import assert_close
@@ -35,19 +35,23 @@ SHAPES = [
 ]
 NOTES = [
     "The limit is one read of the hidden states, with backward two reads and one write. The kernels read them once each way; "
-    "float32 logits, an eighth of those bytes at 2048/128, come on top. Blocks whose bounds are no multiples "
-    "of 8 dimensions are read from the multiple before, 16 bytes a load.",
-    "Did not help: pooling and routing in one kernel, a chunk of tokens a program (2048/128 with statistics 50 to 59 µs with 4 "
-    "warps, 76 to 111 with 8, sums over tokens included). Larger tiles or more warps for pooling (2048/128: 27.7 to 29.3 "
+    "float32 logits, an eighth of those bytes at 2048/128, come on top, and with statistics partial sums. Blocks whose bounds are "
+    "no multiples of 8 dimensions are read from the multiple before, 16 bytes a load.",
+    "Forward it is one kernel, whose programs are single warps that take token after token, and with statistics a second one, "
+    "which adds the partial sums of some 2000 warps. Variants: registers a thread, and warps that a launch has.",
+    "Did not help in earlier forms: a chunk of tokens a program of several warps (2048/128 with statistics 50 to 59 µs with 4 "
+    "warps, 76 to 111 with 8: sums over tokens and, from 256 experts on, over experts went through shared memory). Larger tiles or more warps for pooling (2048/128: 27.7 to 29.3 "
     "µs). Sums over tokens in the routing kernel (2048/128: 40 µs without, 79 with them): Triton's sum over the rows of a "
     "tile goes through shared memory, by the instructions with a stride of 32 words, all lanes in one bank.",
     "A gate of mean affinities on uneven blocks had wrong gradients for some shapes until block bounds were kept from 16-bit "
     "arithmetic: ptxas 12.8 makes of `add.s16x2` of a value and an undefined one, by a constant, an addition of 0.",
 ]
+# registers of a thread, warps of a launch
+VARIANTS = [(128, 16 * 132), (168, 12 * 132), (96, 20 * 132), (128, 8 * 132)]
 COPIES = 3  # inputs to rotate among, so that the cache holds none of them
 
 
-def measure(num_tokens: int, d: int, n: int, k: int, bandwidth: float) -> dict:
+def measure(num_tokens: int, d: int, n: int, k: int, bandwidth: float, quick: bool) -> dict:
     torch.manual_seed(0)
     config = LocMoeConfig(hidden_size=d, num_attention_heads=8, num_experts=n, num_experts_per_tok=k)
     with torch.device("cuda"):
@@ -100,13 +104,19 @@ def measure(num_tokens: int, d: int, n: int, k: int, bandwidth: float) -> dict:
         "pooling": graphed(torch.no_grad()(lambda x: gate_module.pool_affinity(x, n, True))),
         "gate": graphed(lambda x: forward(pooled, x)),
         "gate_only": graphed(torch.no_grad()(lambda x: pooled(x))),
-        "dense": graphed(lambda x: forward(dense, x)),
         "train": graphed(lambda x: train(pooled, x)),
-        "train_dense": graphed(lambda x: train(dense, x)),
         "train_limit_us": 3 * forward_limit,
+        "variants_us": {},
     }
-    even = d % n == 0
-    row["plain"] = plain(lambda: graphed(lambda x: forward(pooled, x))) if even else ""
+    for registers, warps in VARIANTS:
+        with mock.patch.multiple(gate_kernels, _REGISTERS=registers, _WARPS=warps):
+            gate_kernels._forward_layout.cache_clear()
+            row["variants_us"][f"{registers}, {warps}"] = graphed(lambda x: forward(pooled, x)).median
+    gate_kernels._forward_layout.cache_clear()
+    if not quick:
+        row["dense"] = graphed(lambda x: forward(dense, x))
+        row["train_dense"] = graphed(lambda x: train(dense, x))
+        row["plain"] = plain(lambda: graphed(lambda x: forward(pooled, x))) if d % n == 0 else ""
     row["pooling_of_limit"] = row["pooling"].median / forward_limit
     row["gate_only_of_limit"] = row["gate_only"].median / forward_limit
     row["gate_of_limit"] = row["gate"].median / forward_limit
@@ -114,17 +124,18 @@ def measure(num_tokens: int, d: int, n: int, k: int, bandwidth: float) -> dict:
     return row
 
 
-def bench_gate() -> Record:
+def bench_gate(quick: bool = False) -> Record:
+    """All shapes; `quick` leaves out the other gates."""
     bandwidth = copy_bandwidth()
     rows = []
     for shape in SHAPES:
-        rows.append(measure(*shape, bandwidth))
+        rows.append(measure(*shape, bandwidth, quick))
         print(rows[-1], flush=True)
     return Record(
         theme="gate",
         question="How long does the gate take, beside the time of reading the hidden states?",
         config={"dtype": "bfloat16", "bandwidth_tb_s": bandwidth / 1e12, "inputs_rotated": COPIES},
-        command="python -m benchmarks.bench_gpu --parts gate",
+        command=f"python -m benchmarks.bench_gpu --parts gate{' --quick' if quick else ''}",
         rows=rows,
         columns={
             "shape": "hidden size, experts",

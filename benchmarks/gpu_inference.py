@@ -70,8 +70,8 @@ def launches(model, batch_size: int, length: int) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
 
 
-def bench_inference() -> Record:
-    """OLMoE, LocMoE, OLMoE again."""
+def bench_inference(quick: bool = False) -> Record:
+    """OLMoE, LocMoE, OLMoE again, `quick` or not."""
     rows = []
     for name, ours, implementation in (
         ("OLMoE, grouped_mm", False, None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import time
 import traceback
 from collections.abc import Iterator
@@ -31,10 +32,12 @@ from hf_locmoe.norm_locmoe import LocMoeRMSNorm
 
 
 STEPS = 4
+PAIRS = 6  # steps with and without router losses, in turn
 COLUMNS = {
     "model": "model",
     "sequences": "sequences",
     "step_s": "seconds a step",
+    "host_s": "of it until the host has launched all",
     "tokens_s": "tokens/s",
     "speedup": "by the other model's",
     "utilisation": "share of the GEMM ceiling",
@@ -54,47 +57,85 @@ def plain_parts(*names: str) -> Iterator[None]:
         yield
 
 
+def _timed_step(model, optimizer, ids: torch.Tensor, **kwargs) -> tuple[float, float, float]:
+    """One training step: seconds until the device has finished, until the host has launched all of it, and the loss."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    outputs = model(input_ids=ids, labels=ids, use_cache=False, **kwargs)
+    outputs.loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if getattr(outputs, "router_stats", None) is not None:
+        model.update_router_state(outputs.router_stats, outputs.router_hidden_sum)
+    launched = time.perf_counter()
+    torch.cuda.synchronize()
+    finished = time.perf_counter()
+    loss = float(outputs.loss.detach())
+    if not math.isfinite(loss):
+        raise AssertionError("the loss is not finite")
+    return finished - started, launched - started, loss
+
+
+def _batch(model, batch_size: int) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (batch_size, SEQUENCE), device=DEVICE)
+
+
 def train(model, optimizer, batch_size: int, steps: int = STEPS, **kwargs) -> dict:
     """Times `steps` steps after two to warm up."""
-    vocab_size = model.config.vocab_size
-    batches = [torch.randint(0, vocab_size, (batch_size, SEQUENCE), device=DEVICE) for _ in range(steps + 2)]
-    times = []
     torch.cuda.reset_peak_memory_stats()
-    for ids in batches:
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        outputs = model(input_ids=ids, labels=ids, use_cache=False, **kwargs)
-        outputs.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if getattr(outputs, "router_stats", None) is not None:
-            model.update_router_state(outputs.router_stats, outputs.router_hidden_sum)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-        if not torch.isfinite(outputs.loss):
-            raise AssertionError("the loss is not finite")
-    spread = Spread.of(times[2:])
+    results = [_timed_step(model, optimizer, _batch(model, batch_size), **kwargs) for _ in range(steps + 2)]
+    times, host_times, losses = zip(*results[2:])
+    return _row(batch_size, times, host_times, losses[-1])
+
+
+def _row(batch_size: int, times, host_times, loss: float) -> dict:
+    spread = Spread.of(list(times))
     return {
         "sequences": batch_size,
         "step_s": spread,
+        "host_s": Spread.of(list(host_times)),
         "tokens_s": batch_size * SEQUENCE / spread.median,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "loss": float(outputs.loss.detach()),
+        "loss": loss,
     }
 
 
-def profile(model, optimizer, batch_size: int) -> list[tuple[str, float, int]]:
+def train_in_turn(model, optimizer, batch_size: int, pairs: int = PAIRS) -> tuple[dict, dict, dict]:
+    """
+    Steps with and without router losses and statistics, in turn, since a card's clock moves by more than they take: both rows,
+    and of the pairs' ratios of times, minus 1, median and quartiles, with the kernels' time and number of a step of each.
+    """
+    kinds = ({}, {"output_router_stats": False})
+    for kwargs in kinds:
+        _timed_step(model, optimizer, _batch(model, batch_size), **kwargs)
+    torch.cuda.reset_peak_memory_stats()
+    results: tuple[list, list] = ([], [])
+    for pair in range(pairs):
+        order = (0, 1) if pair % 2 else (1, 0)
+        for kind in order:
+            results[kind].append(_timed_step(model, optimizer, _batch(model, batch_size), **kinds[kind]))
+    rows = [_row(batch_size, *list(zip(*result))[:2], result[-1][2]) for result in results]
+    share = Spread.of([with_[0] / without[0] - 1 for with_, without in zip(*results)])
+    totals = [profile(model, optimizer, batch_size, **kwargs)[-1] for kwargs in kinds]
+    names = ("with router losses and statistics", "without")
+    kernels = {name: {"ms": total[1], "kernels": total[2]} for name, total in zip(names, totals)}
+    return rows[0], rows[1], {"share_of_step": share, **kernels}
+
+
+def profile(model, optimizer, batch_size: int, **kwargs) -> list[tuple[str, float, int]]:
     """The kernels that take the most of a training step: name, milliseconds, launches; the last line is all of them."""
-    ids = torch.randint(0, model.config.vocab_size, (batch_size, SEQUENCE), device=DEVICE)
+    ids = _batch(model, batch_size)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model(input_ids=ids, labels=ids, use_cache=False, **kwargs).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    # calls of the runtime are events, too, and take no time of the device
+    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
     lines = [(event.key[:160], round(event.self_device_time_total / 1000, 2), event.count) for event in events]
-    total = ("all", round(sum(milliseconds for _, milliseconds, _ in lines), 2), sum(count for *_, count in lines))
-    return [*lines[:30], total]
+    milliseconds = sum(event.self_device_time_total for event in events) / 1000
+    return [*lines[:30], ("all", round(milliseconds, 2), sum(count for *_, count in lines))]
 
 
 class _Steps:
@@ -105,7 +146,10 @@ class _Steps:
         self.rows: list[dict] = []
 
     def row(self, name: str, model, optimizer, batch_size: int, **kwargs) -> None:
-        result = {"model": name, "size": self.size, **train(model, optimizer, batch_size, **kwargs)}
+        self.add(name, train(model, optimizer, batch_size, **kwargs))
+
+    def add(self, name: str, measured: dict) -> None:
+        result = {"model": name, "size": self.size, **measured}
         result["utilisation"] = result["tokens_s"] * active_flops(self.size) / self.rate
         self.rows.append(result)
         print(result, flush=True)
@@ -142,16 +186,19 @@ def _with_liger(steps: _Steps, model, optimizer) -> None:
         traceback.print_exc()
 
 
-def _steps_of(size: str, rate: float, profiles: dict) -> list[dict]:
-    """Theirs, ours, theirs again."""
+def _steps_of(size: str, rate: float, profiles: dict, quick: bool) -> tuple[list[dict], dict]:
+    """Theirs, ours, theirs again; `quick` leaves out what other parts explain. Also the price of router losses."""
     steps, title = _Steps(size, rate), TITLES[size]
+    router: dict = {}
     for turn in ("", ", again"):
         model, optimizer = _trained(size, ours=False)
         steps.row(f"{title}, grouped_mm{turn}", model, optimizer, 4)
         model.gradient_checkpointing_disable()
-        steps.row(f"{title}, grouped_mm, no checkpointing{turn}", model, optimizer, 1)
-        if turn and size == "mixtral":  # Liger knows Mixtral, and no OLMoE
-            _with_liger(steps, model, optimizer)
+        steps.row(f"{title}, grouped_mm, no checkpointing{turn}", model, optimizer, 1, steps=2 * STEPS)
+        if turn:
+            profiles[f"{size}, {title}, no checkpointing"] = profile(model, optimizer, 1)
+            if size == "mixtral" and not quick:  # Liger knows Mixtral, and no OLMoE
+                _with_liger(steps, model, optimizer)
         del model, optimizer
         release()
         if turn:
@@ -162,28 +209,29 @@ def _steps_of(size: str, rate: float, profiles: dict) -> list[dict]:
         set_capacity(model, 1.25)
         steps.row("LocMoE, capacity 1.25", model, optimizer, 4)
         set_capacity(model, 1.0)
-        steps.row("LocMoE, capacity 1.0", model, optimizer, 4)
-        steps.row(
-            "LocMoE, capacity 1.0, no router losses or statistics", model, optimizer, 4, output_router_stats=False
-        )
-        if size == "olmoe":
-            for part in PLAIN:
-                with plain_parts(part):
-                    steps.row(f"LocMoE, capacity 1.0, transformers' {part}", model, optimizer, 4, steps=2)
+        with_router, without, router = train_in_turn(model, optimizer, 4)
+        steps.add("LocMoE, capacity 1.0", with_router)
+        steps.add("LocMoE, capacity 1.0, no router losses or statistics, in turn with the row before", without)
+        print(router, flush=True)
+        for part in () if quick else PLAIN:
+            with plain_parts(part):
+                steps.row(f"LocMoE, capacity 1.0, transformers' {part}", model, optimizer, 4, steps=2)
         model.gradient_checkpointing_disable()
-        steps.row("LocMoE, capacity 1.0, no checkpointing", model, optimizer, 1)
+        steps.row("LocMoE, capacity 1.0, no checkpointing", model, optimizer, 1, steps=2 * STEPS)
         set_capacity(model, None)
-        steps.row("LocMoE, dropless, no checkpointing", model, optimizer, 1)
+        steps.row("LocMoE, dropless, no checkpointing", model, optimizer, 1, steps=2 * STEPS)
         profiles[f"{size}, LocMoE, dropless, no checkpointing"] = profile(model, optimizer, 1)
         del model, optimizer
         release()
     steps.compare()
-    return steps.rows
+    for name, lines in profiles.items():
+        print(f"{name}: {lines[-1][1]} ms in {lines[-1][2]} kernels", flush=True)
+    return steps.rows, router
 
 
-def _step_record(size: str, theme: str, part: str) -> Record:
+def _step_record(size: str, theme: str, part: str, quick: bool) -> Record:
     rate, profiles = matmul_rate(), {}
-    rows = _steps_of(size, rate, profiles)
+    rows, router = _steps_of(size, rate, profiles, quick)
     return Record(
         theme=theme,
         question=f"How fast does a LocMoE of the {TITLES[size]}'s size train beside transformers' {TITLES[size]}?",
@@ -193,35 +241,48 @@ def _step_record(size: str, theme: str, part: str) -> Record:
             "sequence": SEQUENCE,
             "matmul_tflops": rate / 1e12,
         },
-        command=f"python -m benchmarks.bench_gpu --parts {part}",
+        command=f"python -m benchmarks.bench_gpu --parts {part}{' --quick' if quick else ''}",
         rows=rows,
         columns=COLUMNS,
-        extra={"profiles_ms": profiles},
+        extra={"profiles_ms": profiles, "router": router},
     )
 
 
-def bench_model() -> Record:
+def bench_model(quick: bool = False) -> Record:
     """OLMoE-1B-7B's size."""
-    return _step_record("olmoe", "model_step", "model")
+    return _step_record("olmoe", "model_step", "model", quick)
 
 
-def bench_mixtral() -> Record:
+def bench_mixtral(quick: bool = False) -> Record:
     """A Mixtral with 8 experts, top-1."""
-    return _step_record("mixtral", "model_step_mixtral", "mixtral")
+    return _step_record("mixtral", "model_step_mixtral", "mixtral", quick)
 
 
-def bench_compiled() -> Record:
-    """OLMoE's size, one sequence without checkpointing, in eager mode and compiled, each model beside the other."""
+def bench_compiled(quick: bool = False) -> Record:
+    """
+    OLMoE's size, one sequence without checkpointing, in eager mode and with each decoder layer compiled: one compilation
+    serves all layers. OLMoE's router losses break the graph of its layer (they are recorded by hooks), so it goes without;
+    `quick` leaves out the rows in eager mode.
+    """
     rate = matmul_rate()
-    rows = []
-    for ours, title in ((False, "OLMoE, grouped_mm"), (True, "LocMoE, dropless")):
+    rows: list[dict] = []
+    for ours, title in ((False, "OLMoE, grouped_mm, no router losses"), (True, "LocMoE, dropless")):
         torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
         model = build("olmoe", ours).train()
+        if not ours:
+            model.config.output_router_logits = False
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        for mode in ("eager", "compiled"):
+        for mode in ("compiled",) if quick else ("eager", "compiled"):
+            started = time.monotonic()
             if mode == "compiled":
-                model.compile()
-            row = {"model": f"{title}, {mode}", **train(model, optimizer, 1)}
+                for layer in model.model.layers:
+                    layer.compile()
+            row = {"model": f"{title}, {mode}", **train(model, optimizer, 1, steps=2 * STEPS)}
+            row["with_warm_up_s"] = time.monotonic() - started
+            if mode == "compiled":
+                row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+                row["kernels_ms"], row["kernels"] = profile(model, optimizer, 1)[-1][1:]
             row["utilisation"] = row["tokens_s"] * active_flops("olmoe") / rate
             row["speedup"] = row["tokens_s"] / next(
                 (r["tokens_s"] for r in rows if mode in r["model"]), row["tokens_s"]
@@ -234,10 +295,10 @@ def bench_compiled() -> Record:
         theme="model_step_compiled",
         question="What does torch.compile make of a training step of LocMoE and OLMoE, OLMoE-1B-7B's size?",
         config={**GEOMETRIES["olmoe"], "num_experts": 64, "sequence": SEQUENCE, "matmul_tflops": rate / 1e12},
-        command="python -m benchmarks.bench_gpu --parts compiled",
+        command=f"python -m benchmarks.bench_gpu --parts compiled{' --quick' if quick else ''}",
         rows=rows,
-        columns={**COLUMNS, "speedup": "by OLMoE in the same mode"},
+        columns={**COLUMNS, "speedup": "by OLMoE in the same mode", "graphs": "graphs", "kernels_ms": "kernels, ms"},
     )
 
 
-__all__ = ["bench_compiled", "bench_mixtral", "bench_model", "plain_parts", "train"]
+__all__ = ["bench_compiled", "bench_mixtral", "bench_model", "plain_parts", "train", "train_in_turn"]
