@@ -3,9 +3,10 @@
 The benchmarks on several GPUs of one host: `--parts overlap nodes step step-quick step-2`, the first three by default.
 
 * `step`: a training step of a model of OLMoE-1B-7B's size on four GPUs, transformers' exchange beside ours;
-* `overlap`: the exchange of one MoE layer in a profile: what runs under the computation, what the host waits for;
+* `overlap`: the exchange of one MoE layer in a profile: what runs under the computation, what the host waits for, and what the
+  device's time is made of, forward and backward;
 * `nodes`: emulated nodes: what each plan of the backend moves, and that all of them give the same;
-* `step-quick`: `step` with the four ways that matter most and one model, in less than two minutes;
+* `step-quick`: `step` with the ways that matter most and one model, in less than two minutes;
 * `step-2`: `step` on two GPUs.
 
 Each part has processes and a time limit of its own; one that fails costs only itself, and a rank that fails ends its part.
@@ -29,18 +30,18 @@ from benchmarks.record import RESULTS, Load, Record
 
 
 class Part(NamedTuple):
-    """`run(device, world_size, timeout_s)` on so many GPUs, within so many seconds."""
+    """`run(device, world_size, timeout_s)` on so many GPUs, within so many seconds; one record for each question."""
 
-    run: Callable[[str, int, float], Record]
+    run: Callable[[str, int, float], list[Record]]
     world_size: int
     timeout_s: float
 
 
 PARTS = {
-    "overlap": Part(multigpu_layer.bench_layer, 4, 45),
+    "overlap": Part(multigpu_layer.bench_layer, 4, 80),
     "nodes": Part(multigpu_nodes.bench_nodes, 4, 40),
     "step": Part(multigpu_step.bench_step, 4, 240),
-    "step-quick": Part(partial(multigpu_step.bench_step, ways=multigpu_step.QUICK_WAYS), 4, 90),
+    "step-quick": Part(partial(multigpu_step.bench_step, ways=multigpu_step.QUICK_WAYS), 4, 110),
     "step-2": Part(multigpu_step.bench_step, 2, 240),
 }
 DEFAULT_PARTS = ["overlap", "nodes", "step"]
@@ -61,15 +62,17 @@ def main(argv: list[str] | None = None) -> None:
         part, started = PARTS[name], time.monotonic()
         try:
             with Load() as load:
-                record = part.run(args.device, part.world_size, part.timeout_s)
+                records = part.run(args.device, part.world_size, part.timeout_s)
         except Exception:  # the other parts' results are worth having
             traceback.print_exc()
             failed.append(name)
             continue
-        record.load = load.result()
-        record.command = f"python -m benchmarks.bench_multigpu --parts {name}"
-        record.write(f"{part.world_size}x{args.hardware}", args.output)
-        print(f"\n{name}, {time.monotonic() - started:.0f} s\n{record.table()}", *record.notes, sep="\n", flush=True)
+        print(f"\n{name}, {time.monotonic() - started:.0f} s", flush=True)
+        for record in records:
+            record.load = load.result()
+            record.command = f"python -m benchmarks.bench_multigpu --parts {name}"
+            record.write(f"{part.world_size}x{args.hardware}", args.output)
+            print(f"\n{record.question}\n{record.table()}", *record.notes, sep="\n", flush=True)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

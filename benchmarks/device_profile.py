@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a profile of a GPU says about communication: how much of it lies under computation, what the host waits for."""
+"""What a profile of a GPU says: how much communication lies under computation, what kinds of kernels take the time, what the
+host waits for."""
 
 from __future__ import annotations
 
@@ -11,6 +12,18 @@ from torch.autograd import DeviceType
 
 
 Interval = tuple[float, float]
+
+# Kinds of kernels by their names, the first that fits; ours begin with an underscore.
+KINDS: dict[str, tuple[str, ...]] = {
+    "exchange": ("ncclDev",),
+    "row gathers": ("^_gather_kernel",),
+    "row sums": ("^_combine_kernel",),
+    "activation": ("^_activate",),
+    "layout, counts": ("^_count_kernel", "^_place_kernel", "^_first_kernel", "sort", "scan", "histogram", "histc"),
+    "products": ("gemm", "cutlass", "nvjet", "xmma"),
+    "torch's gathers, scatters": ("index", "gather", "scatter"),
+}
+OTHER = "elementwise, sums, copies"
 
 
 class DeviceProfile(NamedTuple):
@@ -60,6 +73,44 @@ def overlap(profile: DeviceProfile, collective: str = "") -> dict[str, float]:
     }
 
 
+def kind_of(name: str) -> str:
+    """Which of [`KINDS`] a kernel is, or [`OTHER`]."""
+    lower = name.lower()
+    for kind, patterns in KINDS.items():
+        if any(name.startswith(text[1:]) if text[0] == "^" else text.lower() in lower for text in patterns):
+            return kind
+    return OTHER
+
+
+def by_kind(profile: DeviceProfile) -> dict[str, float]:
+    """Milliseconds on the device of each kind of kernel; those of all together, and those in which the device had no kernel."""
+    found = dict.fromkeys([*KINDS, OTHER], 0.0)
+    for name, start, end in profile.kernels:
+        found[kind_of(name)] += (end - start) / 1e3
+    busy = merged([(start, end) for _, start, end in profile.kernels])
+    found["busy"] = length(busy) / 1e3
+    found["idle"] = (busy[-1][1] - busy[0][0]) / 1e3 - found["busy"] if busy else 0.0
+    return found
+
+
+def heaviest(profile: DeviceProfile, number: int) -> list[tuple[str, float, int]]:
+    """Of the kernels that take most time, by name: the name's beginning, milliseconds, how many."""
+    per_name: dict[str, list[float]] = {}
+    for name, start, end in profile.kernels:
+        per_name.setdefault(name, []).append((end - start) / 1e3)
+    sums = [(name[:120], sum(each), len(each)) for name, each in per_name.items()]
+    return sorted(sums, key=lambda entry: -entry[1])[:number]
+
+
+def together(first: DeviceProfile, second: DeviceProfile) -> DeviceProfile:
+    """What two profiles saw, of times that do not overlap."""
+    return DeviceProfile(
+        first.kernels + second.kernels,
+        first.host_waits + second.host_waits,
+        first.copies_to_host + second.copies_to_host,
+    )
+
+
 def merged(intervals: list[Interval]) -> list[Interval]:
     """The same time in intervals that do not touch, in order."""
     result: list[Interval] = []
@@ -89,4 +140,17 @@ def length(intervals: list[Interval]) -> float:
     return sum(end - start for start, end in intervals)
 
 
-__all__ = ["DeviceProfile", "common", "length", "merged", "overlap", "profiled"]
+__all__ = [
+    "KINDS",
+    "OTHER",
+    "DeviceProfile",
+    "by_kind",
+    "common",
+    "heaviest",
+    "kind_of",
+    "length",
+    "merged",
+    "overlap",
+    "profiled",
+    "together",
+]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 The exchange of one MoE layer on several GPUs, forward and backward, in a profile: how much of the communication lies under
-the experts' computation, and what the host waits for.
+the experts' computation, what the host waits for, and which kinds of kernels the device's time goes to.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,16 +16,17 @@ import torch.distributed as dist
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from benchmarks.device_profile import overlap, profiled
+from benchmarks.device_profile import KINDS, OTHER, DeviceProfile, by_kind, heaviest, overlap, profiled, together
 from benchmarks.gpu_models import GEOMETRIES, NUM_EXPERTS
 from benchmarks.multigpu_step import rank_device, synchronize
-from benchmarks.multigpu_ways import UPSTREAM, WAYS, Way
+from benchmarks.multigpu_ways import OUR_EXPERTS, UPSTREAM, WAYS, Way
 from benchmarks.record import Record, Spread
 from tests.harness import run_ranks
 from tests.tolerances import TOLERANCES
 
 
-ALONE = "no exchange: the experts on as many rows"
+ALONE = "no exchange: our experts on as many rows"
+ALONE_UPSTREAM = "no exchange: grouped_mm experts on as many rows"
 LAYER_WAYS = (*WAYS, Way("ours, 4 slices", dict(slices=4)))
 SIZES = {
     "cuda": {
@@ -74,18 +77,27 @@ class Layer:
         self.weights = (weights / weights.sum(1, keepdim=True)).bfloat16().requires_grad_()
         self.grad = draw(tokens, size["hidden_size"])
         mesh = dist.init_device_mesh(device, (world, 1), mesh_dim_names=("ep", "tp"))
-        self.calls = {way.name: way.make(self.experts, mesh["ep"], mesh["tp"], tokens) for way in LAYER_WAYS}
-        self.calls[ALONE] = self.alone
+        # with the implementation of the experts
+        self.calls: dict[str, tuple[Callable, str]] = {
+            way.name: (way.make(self.experts, mesh["ep"], mesh["tp"], tokens), way.experts) for way in LAYER_WAYS
+        }
+        self.calls |= {ALONE: (self.alone, OUR_EXPERTS), ALONE_UPSTREAM: (self.alone, "grouped_mm")}
 
     def alone(self, states, index, weights):
         """As many (token, expert) pairs as arrive on average, without anything travelling."""
         return self.experts(states, index % self.experts.num_experts, weights)
 
+    def forward(self, name: str) -> torch.Tensor:
+        call, self.experts.config._experts_implementation = self.calls[name]
+        return call(self.states, self.index, self.weights)
+
+    def backward(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(output, [self.states, self.weights, *self.experts.parameters()], self.grad)
+
     def passes(self, name: str, count: int = 1) -> tuple[torch.Tensor, ...]:
-        leaves = [self.states, self.weights, *self.experts.parameters()]
         for _ in range(count):
-            output = self.calls[name](self.states, self.index, self.weights)
-            result = (output.detach(), *torch.autograd.grad(output, leaves, self.grad))
+            output = self.forward(name)
+            result = (output.detach(), *self.backward(output))
         return result
 
 
@@ -108,6 +120,18 @@ def host_sync_error(layer: Layer, name: str) -> str:
     return "none"
 
 
+def profile_directions(layer: Layer, name: str) -> dict[str, DeviceProfile]:
+    """Some forward passes, and then their backward passes."""
+    outputs: list[torch.Tensor] = []
+    dist.barrier()
+    forward = profiled(lambda: outputs.extend(layer.forward(name) for _ in range(PROFILED_PASSES)))
+    dist.barrier()
+    return {
+        "forward": forward,
+        "backward": profiled(lambda: [layer.backward(outputs.pop()) for _ in range(PROFILED_PASSES)]),
+    }
+
+
 def measure(device: str, size: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """On one rank: per way, what the profile and the clock say."""
     layer, found = Layer(device, size), {}
@@ -125,9 +149,13 @@ def measure(device: str, size: dict[str, Any]) -> dict[str, dict[str, Any]]:
             seconds.append(time.perf_counter() - started)
         entry["seconds"] = seconds
         if device == "cuda":
-            dist.barrier()
-            profile = profiled(lambda name=name: layer.passes(name, PROFILED_PASSES))
+            profiles = profile_directions(layer, name)
+            profile = together(*profiles.values())
             entry |= overlap(profile, "SendRecv")
+            entry["directions"] = {
+                direction: {"by_kind": by_kind(half), "heaviest": heaviest(half, 15)}
+                for direction, half in profiles.items()
+            }
             entry["host_waits"] = profile.host_waits / PROFILED_PASSES
             entry["copies_to_host"] = profile.copies_to_host / PROFILED_PASSES
             # A rank that raises here leaves the others waiting: only where none is expected to.
@@ -137,14 +165,14 @@ def measure(device: str, size: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def bench_layer(device: str, world_size: int, timeout_s: float) -> Record:
+def bench_layer(device: str, world_size: int, timeout_s: float) -> list[Record]:
     size = SIZES[device]
     ranks = run_ranks(measure, world_size, device, size, device=device, timeout_s=timeout_s)
     rows = []
     for name in ranks[0]:
         entries = [rank[name] for rank in ranks]
         row: dict[str, Any] = {"way": name}
-        if name != ALONE:
+        if name not in (ALONE, ALONE_UPSTREAM):
             row["difference"] = max(entry["difference"] for entry in entries)
         if row.get("difference", 0.0) <= TOLERANCES[torch.bfloat16]["rtol"]:
             slowest = [max(pass_) for pass_ in zip(*(entry["seconds"] for entry in entries), strict=True)]
@@ -157,7 +185,7 @@ def bench_layer(device: str, world_size: int, timeout_s: float) -> Record:
                 row[key] = max(entry[key] for entry in entries)
             row["sync_error"] = entries[0].get("sync_error", "")
         rows.append(row)
-    return Record(
+    record = Record(
         theme="multigpu_overlap" if device == "cuda" else "multigpu_overlap_dry",
         question="How much of one MoE layer's exchange lies under the experts' computation, and what does the host wait for?",
         config={**size, "world_size": world_size, "dtype": "bfloat16"},
@@ -175,12 +203,47 @@ def bench_layer(device: str, world_size: int, timeout_s: float) -> Record:
             "difference": "output and gradients, relative difference to all_to_all",
         },
         notes=[
-            f"'{ALONE}' says what is not the exchange's: the experts' own waits for the device, and their time.",
+            "'no exchange' says what is not the exchange's: the experts' own waits for the device, and their time.",
             "A pass is forward and backward of one layer. A copy to the host is what a host read of sizes is; the one of a "
             "dropless layer brings all sizes of all slices.",
             "NCCL's time holds the wait for ranks that are behind.",
         ],
         extra={"ranks": ranks},
+    )
+    return [record, *([breakdown(ranks, record.config)] if device == "cuda" else [])]
+
+
+def breakdown(ranks: list[dict[str, dict[str, Any]]], config: dict[str, Any]) -> Record:
+    """What the device's time of each way is made of, in each direction."""
+    rows = []
+    for direction in ("forward", "backward"):
+        for name in ranks[0]:
+            found = [rank[name]["directions"][direction]["by_kind"] for rank in ranks]
+            row = {kind: statistics.mean(each[kind] for each in found) / PROFILED_PASSES for kind in found[0]}
+            # of the rank that waits for no other
+            row["exchange"] = min(each["exchange"] for each in found) / PROFILED_PASSES
+            rows.append({"way": name, "direction": direction, **row})
+    return Record(
+        theme="multigpu_layer",
+        question="What is the device's time in one MoE layer made of, in milliseconds a pass?",
+        config=config,
+        command="",
+        rows=rows,
+        columns={
+            "way": "",
+            "direction": "",
+            **{kind: kind for kind in KINDS},
+            OTHER: OTHER,
+            "busy": "some kernel runs",
+            "idle": "none runs",
+        },
+        notes=[
+            "Kernels are told apart by their names. Our row gathers and sums serve the way to the ranks and the way to the "
+            "experts; how many of each, and the heaviest kernels by name, are in the JSON.",
+            "Mean of the ranks; the exchange's is the least of them, the others wait for a rank that is behind.",
+            "The profiler makes the host slower, and with it 'none runs'.",
+        ],
+        extra={name: {rank: ranks[rank][name]["directions"] for rank in (0, len(ranks) - 1)} for name in ranks[0]},
     )
 
 

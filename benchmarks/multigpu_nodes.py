@@ -109,7 +109,7 @@ def fan_outs(device: str) -> dict[str, dict[str, Any]]:
             # a group of its own, so that the counters are its own
             call = LocMoeEP(layer.experts, mesh["ep"], mesh["tp"])
         name = f"MoE layer, 2 slices, fan-out {fan_out}"
-        layer.calls[name] = call
+        layer.calls[name] = call, "grouped_mm"
         before = group_counters(call.peers.group).get("all_to_all_single", Traffic())
         difference = relative_difference(layer.passes(name), expected)
         traffic = group_counters(call.peers.group)["all_to_all_single"] - before
@@ -123,7 +123,7 @@ def measure(device: str) -> dict[str, dict[str, Any]]:
     return plans(rank_device(device), ROWS[device]) | fan_outs(device)
 
 
-def bench_nodes(device: str, world_size: int, timeout_s: float) -> Record:
+def bench_nodes(device: str, world_size: int, timeout_s: float) -> list[Record]:
     env = {"LOCMOE_RANKS_PER_NODE": "2", "LOCMOE_TIMEOUT_S": "60"}
     ranks = run_ranks(measure, world_size, device, env=env, device=device, timeout_s=timeout_s)
     rows = []
@@ -134,7 +134,7 @@ def bench_nodes(device: str, world_size: int, timeout_s: float) -> Record:
         for key in ("messages_inter", "mb_inter", "messages_intra", "mb_intra"):
             row[key] = sum(entry[key] for entry in entries)
         rows.append(row)
-    return Record(
+    record = Record(
         theme="multigpu_nodes" if device == "cuda" else "multigpu_nodes_dry",
         question="Do the plans and fan-outs give the same over NCCL on emulated nodes, and what do they move?",
         config={"world_size": world_size, "nodes": 2, "rows": ROWS[device], "width": WIDTH, "layer": str(LAYER)},
@@ -157,6 +157,7 @@ def bench_nodes(device: str, world_size: int, timeout_s: float) -> Record:
         ],
         extra={"ranks": ranks},
     )
+    return [record]
 
 
 __all__ = ["bench_nodes"]

@@ -21,17 +21,25 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, OlmoeConfig
 from transformers.distributed import DistributedConfig
 
-from benchmarks.device_profile import overlap, profiled
+from benchmarks.device_profile import by_kind, heaviest, overlap, profiled
 from benchmarks.gpu_models import GEOMETRIES, NUM_EXPERTS
-from benchmarks.multigpu_ways import UPSTREAM, WAYS, SwitchEP, use_switch
+from benchmarks.multigpu_ways import OURS, UPSTREAM, WAYS, SwitchEP, use_switch
 from benchmarks.record import Record, Spread
 from tests.harness import run_ranks
 from tests.tolerances import TOLERANCES
 
 
 WITHOUT_EP = "transformers fsdp, no expert parallelism"
-PROFILED = (UPSTREAM, "ours, 2 slices", "ours, 1 slice")
-QUICK_WAYS = (UPSTREAM, "ours, 1 slice", "ours, 2 slices", "ours, fixed shapes, 2 slices")  # and one model
+PROFILED = (UPSTREAM, OURS, "ours, 2 slices")
+# and one model
+QUICK_WAYS = (
+    UPSTREAM,
+    "transformers all_to_all, our experts",
+    OURS,
+    "ours, 1 slice, grouped_mm experts",
+    "ours, 2 slices",
+    "ours, fixed shapes, 1 slice",
+)
 SHARE_OF_TIME = 0.7  # of a part's limit, after which no round of steps begins and no profile
 SIZES = {
     "cuda": dict(
@@ -188,6 +196,7 @@ def measure(device: str, size: dict[str, Any], ways: tuple[str, ...] | None, lim
                 break
             profile = profiled(lambda name=name: runner.step(name, runner.batches[0]))
             profiles[name] = {kind: overlap(profile, kind) for kind in ("SendRecv", "")}
+            profiles[name] |= {"by_kind": by_kind(profile), "heaviest": heaviest(profile, 20)}
     slices = {
         name: [way.choices for module in runner.models[name].modules() for way in own_ways(module, name)][:1]
         for name in names
@@ -228,7 +237,7 @@ def is_right(check: dict[str, float], baseline: dict[str, float]) -> bool:
     return check["loss_difference"] <= rtol and abs(check["norm"] / baseline["norm"] - 1) <= rtol
 
 
-def bench_step(device: str, world_size: int, timeout_s: float, ways: tuple[str, ...] | None = None) -> Record:
+def bench_step(device: str, world_size: int, timeout_s: float, ways: tuple[str, ...] | None = None) -> list[Record]:
     """`ways`: names of those to compare; all, and a model without expert parallelism, if not given."""
     size = SIZES[device]
     ranks = run_ranks(measure, world_size, device, size, ways, timeout_s, device=device, timeout_s=timeout_s)
@@ -240,7 +249,7 @@ def bench_step(device: str, world_size: int, timeout_s: float, ways: tuple[str, 
             own = _seconds(row["way"], ranks, size["warmup"])
             # the median of the ratios of steps on the same batch
             row["speedup"] = statistics.median(b / o for b, o in zip(base, own, strict=True))
-    return Record(
+    record = Record(
         theme="multigpu_step" if device == "cuda" else "multigpu_step_dry",
         question="How fast does a model of OLMoE-1B-7B's size train on several GPUs of one host, by way of spreading it?",
         config={
@@ -261,6 +270,7 @@ def bench_step(device: str, world_size: int, timeout_s: float, ways: tuple[str, 
             "norm_difference": "gradient norm, relative to all_to_all",
             "share": "all-to-all under computation",
             "nccl_share": "all NCCL under computation",
+            "idle_ms": "device without a kernel in the profiled step, ms",
         },
         notes=[
             "Seconds are the slowest rank's, from barrier to the end of the device's work. The exchanges share one model and "
@@ -273,6 +283,7 @@ def bench_step(device: str, world_size: int, timeout_s: float, ways: tuple[str, 
         ],
         extra={"ranks": ranks},
     )
+    return [record]
 
 
 def _seconds(name: str, ranks: list[dict], warmup: int) -> list[float]:
@@ -293,6 +304,7 @@ def _row(name: str, ranks: list[dict], warmup: int, tokens: int) -> dict[str, An
     if name in ranks[0]["profiles"]:
         profile = ranks[0]["profiles"][name]
         row |= {"share": profile["SendRecv"]["share"], "nccl_share": profile[""]["share"]}
+        row["idle_ms"] = profile["by_kind"]["idle"]
     return row
 
 

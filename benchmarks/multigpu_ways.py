@@ -11,6 +11,9 @@ from transformers.distributed.expert_parallel import AllToAllEP, EPImplementatio
 from hf_locmoe.distributed.expert_parallel import LocMoeEP, expert_parallel_options
 
 
+OUR_EXPERTS = "capacity_bmm"
+
+
 @dataclass(frozen=True)
 class Way:
     """
@@ -18,11 +21,13 @@ class Way:
         name (`str`): in the table.
         options (`dict`, *optional*): of our exchange; transformers' own `all_to_all` if not given.
         fixed_shapes (`bool`): whether `options` are completed by the tokens a rank may have.
+        experts (`str`): the experts implementation.
     """
 
     name: str
     options: dict[str, Any] | None = field(default=None, hash=False)
     fixed_shapes: bool = False
+    experts: str = OUR_EXPERTS
 
     def make(self, experts, ep_mesh, tp_mesh, max_tokens: int):
         if self.options is None:
@@ -33,9 +38,12 @@ class Way:
 
 
 UPSTREAM = "transformers all_to_all"
+OURS = "ours, 1 slice"
 WAYS = (
-    Way(UPSTREAM),
-    Way("ours, 1 slice", dict(slices=1)),
+    Way(UPSTREAM, experts="grouped_mm"),
+    Way("transformers all_to_all, our experts"),
+    Way(OURS, dict(slices=1)),
+    Way("ours, 1 slice, grouped_mm experts", dict(slices=1), experts="grouped_mm"),
     Way("ours, 2 slices", dict(slices=2)),
     Way("ours, auto", dict(slices="auto")),
     Way('ours, 2 slices, backend "locmoe"', dict(slices=2, backend="locmoe")),
@@ -52,10 +60,13 @@ class SwitchEP(EPImplementation):
 
     def __init__(self, experts, ep_mesh, tp_mesh):
         super().__init__(experts, ep_mesh, tp_mesh)
+        self.experts = experts
         self.ways = {way.name: way.make(experts, ep_mesh, tp_mesh, SwitchEP.max_tokens) for way in WAYS}
+        self.implementations = {way.name: way.experts for way in WAYS}
         experts.benchmark_ways = self.ways
 
     def __call__(self, hidden_states, top_k_index, top_k_weights):
+        self.experts.config._experts_implementation = self.implementations[SwitchEP.current]
         return self.ways[SwitchEP.current](hidden_states, top_k_index, top_k_weights)
 
 
@@ -66,4 +77,4 @@ def use_switch(max_tokens: int) -> str:
     return "benchmark_switch"
 
 
-__all__ = ["UPSTREAM", "WAYS", "SwitchEP", "Way", "use_switch"]
+__all__ = ["OURS", "OUR_EXPERTS", "UPSTREAM", "WAYS", "SwitchEP", "Way", "use_switch"]

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .moe.kernels import power_of_2
+from .permute.row_kernels import power_of_2
 
 
 _COLUMNS = 4096  # logits that a program holds at a time

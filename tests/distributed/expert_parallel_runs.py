@@ -34,17 +34,17 @@ _SIZES = dict(
 def tiny_config(family: str, num_experts: int = 4, num_experts_per_tok: int = 2):
     if family == "olmoe":
         config = OlmoeConfig(
-            **_SIZES, intermediate_size=12, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok
+            **_SIZES, intermediate_size=16, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok
         )
     elif family == "mixtral":
         config = MixtralConfig(
-            **_SIZES, intermediate_size=12, num_local_experts=num_experts, num_experts_per_tok=num_experts_per_tok
+            **_SIZES, intermediate_size=16, num_local_experts=num_experts, num_experts_per_tok=num_experts_per_tok
         )
     elif family == "locmoe":
         # Router losses are over all ranks' tokens; here every batch is one loss of its own.
         config = LocMoeConfig(
             **_SIZES,
-            moe_intermediate_size=12,
+            moe_intermediate_size=16,
             num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok,
             num_shared_experts=1,
@@ -56,8 +56,8 @@ def tiny_config(family: str, num_experts: int = 4, num_experts_per_tok: int = 2)
         config = Qwen3MoeConfig(
             **_SIZES,
             head_dim=8,
-            intermediate_size=12,
-            moe_intermediate_size=12,
+            intermediate_size=16,
+            moe_intermediate_size=16,
             num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok,
             norm_topk_prob=True,

@@ -195,7 +195,7 @@ def test_size_of_a_model_counts_every_parameter_once():
         model = AutoModelForCausalLM.from_config(tiny_config("olmoe", 8, 2))
     size = ModelSize.of(model)
     assert size.dense_parameters + size.expert_parameters == model.num_parameters()
-    assert size.expert_parameters == 2 * 8 * 3 * 16 * 12  # layers, experts, matrices, hidden, intermediate
+    assert size.expert_parameters == 2 * 8 * 3 * 16 * 16  # layers, experts, matrices, hidden, intermediate
     assert (size.num_moe_layers, size.num_experts, size.num_experts_per_tok, size.hidden_size) == (2, 8, 2, 16)
 
 

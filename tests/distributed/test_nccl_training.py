@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hf_locmoe.distributed.layouts import SpreadConfig, with_spread_layout
+from hf_locmoe.moe import experts as experts_module
 from tests.distributed.expert_parallel_runs import Variant, compare, full_model
 from tests.distributed.test_checkpoints import LONGER, agrees, train_all
 from tests.distributed.test_expert_parallel import PLAIN, SLICED, one_layer
@@ -82,6 +83,28 @@ def test_two_gpus_equal_one_process():
     ]
     env = TWO_NODES | {"LOCMOE_RANKS_PER_NODE": "1"}
     assert run_ranks(compare_all, 2, variants, env=env, **ON_GPUS) == [len(variants)] * 2
+
+
+def _compare_on_kernels(variants):
+    """In bfloat16, with our experts implementation, which takes the rows with all of their choices."""
+    tolerance = {name: 2 * value for name, value in TOLERANCES[torch.bfloat16].items()}
+    with patch.object(experts_module, "_fused_forward", wraps=experts_module._fused_forward) as fused:
+        for variant in variants:
+            compare(variant, tolerance)
+    return {call.args[2].shape[1] for call in fused.call_args_list}
+
+
+@pytest.mark.multigpu(2)
+def test_experts_on_our_kernels_equal_one_process():
+    mesh, on_kernels = dict(fsdp_size=2, ep_size=2), dict(experts="capacity_bmm", autocast=True, steps=1)
+    fixed = dict(slices=1, capacity_factor=4.0, max_tokens_per_rank=14)
+    variants = [
+        on_gpu(mesh, PLAIN, **on_kernels),
+        on_gpu(mesh, SLICED, **on_kernels, family="locmoe", checkpointing=False),
+        on_gpu(mesh, fixed, **on_kernels, family="mixtral"),
+    ]
+    env = TWO_NODES | {"LOCMOE_RANKS_PER_NODE": "1"}
+    assert run_ranks(_compare_on_kernels, 2, variants, env=env, **ON_GPUS) == [{2}] * 2
 
 
 # ---- what the host waits for ----------------------------------------------------------------------------------------

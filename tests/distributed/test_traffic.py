@@ -18,9 +18,9 @@ from tests.tolerances import TOLERANCES
 pytestmark = pytest.mark.multiprocess
 
 HIDDEN_SIZE, STEPS, MICRO_BATCHES = 16, 2, 2
-# There with its weight and its expert's id, and back; in backward there, and back with the weight's gradient. Before
-# them each rank tells the other one number of 8 bytes.
-BYTES_OF_ROW = 4 * (HIDDEN_SIZE + 1 + 1) + 4 * HIDDEN_SIZE + 4 * HIDDEN_SIZE + 4 * (HIDDEN_SIZE + 1)
+# There with its weight and its expert's id, and back; in backward there, and back with the weight's gradient. What is behind
+# the row is filled up to 16 bytes. Before them each rank tells the other one number of 8 bytes.
+BYTES_OF_ROW = (4 * HIDDEN_SIZE + 16) + 4 * HIDDEN_SIZE + 4 * HIDDEN_SIZE + (4 * HIDDEN_SIZE + 16)
 
 
 def config(family):

@@ -3,7 +3,7 @@
 Dispatch and combine: tokens to the ranks of their experts, weighted outputs back.
 
 Shape legend: T tokens of this rank, d hidden size, k experts per token, n experts, P ranks of the expert-parallel
-group, M ranks of it on one node, R rows a rank's experts get: one per (token, local expert) pair.
+group, M ranks of it on one node, R rows a rank's experts get, s experts of each row.
 
 A token travels once per destination, not once per expert. What a destination is, is the *fan-out*:
 
@@ -18,6 +18,10 @@ Example: token t on rank 0 picks experts on ranks 1, 2 and 3; ranks 0, 1 are nod
     fan-out "node"   0 -> 1   0 -> 2   2 -> 3          one copy crosses, one row returns: y2 + y3, summed on rank 2
 
 Every hop is a linear exchange (`exchange.py`); dispatch is their product D, combine its transpose.
+
+What arrives is one row for all of the token's experts on this rank. Experts that gather their rows and sum over a token's
+choices in passes of their own take it as it is (s = k); for the others one more hop on this rank copies it for each of them
+(s = 1).
 """
 
 from __future__ import annotations
@@ -30,8 +34,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..permute.rows import count, first_slots, lay_out
 from .backend import label_calls
-from .exchange import Exchange, Route, count, finish, make_route, start
+from .exchange import Exchange, Route, finish, make_route, start
 from .exchange_clock import ExchangeClock
 from .topology import NodeTopology
 
@@ -116,13 +121,13 @@ class Slice(NamedTuple):
     """What the host knows of one slice: its tokens and the sizes of its hops."""
 
     tokens: slice
-    destination: torch.Tensor  # (T_slice, k), see `make_route`
+    row_of_copy: torch.Tensor  # (T_slice, k) and its inverse, see `Route`: the way to the ranks
+    copy_of_row: torch.Tensor
     send_sizes: list[int]
     recv_sizes: list[int]
     hand_on_sizes: list[int]
     handed_sizes: list[int]
-    num_pairs: int
-    room: torch.Tensor | None = None  # (P,) with a capacity
+    num_pairs: int  # (row, local expert) pairs, with a capacity the room for them
     recv_counts: torch.Tensor | None = None  # (P,) `recv_sizes` on the device, without a capacity
 
 
@@ -167,12 +172,14 @@ def plan_dispatch(
             )
         node_local, remote = (-(-rows // num_slices) for rows in (capacity.node_local, capacity.remote))
         sizes = [node_local if is_near else remote for is_near in peers.topology.same_node(peers.rank)]
-        num_pairs = sum(sizes) * num_top_k
-        if capacity.pairs is not None:
+        num_rows = sum(sizes)
+        num_pairs = num_rows * num_top_k
+        if capacity.pairs is not None and num_top_k > 1:
             num_pairs = min(num_pairs, -(-capacity.pairs // num_slices))
         room = torch.where(peers.same_node, node_local, remote)
         destination = owner.masked_fill(~is_first_of_rank, peers.num_ranks)
-        slices = [Slice(part, destination[part], sizes, sizes, [], [], num_pairs, room) for part in tokens]
+        ways = [lay_out(destination[part], peers.num_ranks, room, num_rows) for part in tokens]
+        slices = [Slice(part, *way, sizes, sizes, [], [], num_pairs) for part, way in zip(tokens, ways, strict=True)]
         return DispatchPlan(top_k_index, fan_out, slices, True)
 
     # What every rank needs to know of our tokens, one row of numbers per (rank, slice).
@@ -203,6 +210,8 @@ def plan_dispatch(
         ]
     if num_top_k > 1:
         numbers.append(per_rank(key + owner))
+    # before the host waits: what follows it has the less to start
+    ways = [lay_out(destination[part], peers.num_ranks) for part in tokens]
     sent = torch.cat(numbers, dim=2).contiguous()
     received = torch.empty_like(sent)
     label_calls(peers.group, peers.label)
@@ -216,16 +225,17 @@ def plan_dispatch(
     send, recv, rest = on_host[:num_sizes], on_host[num_sizes : 2 * num_sizes], on_host[2 * num_sizes :]
     num_rest, on_node = summed.size(1), len(peers.node_ranks)
     slices = []
-    for index, part in enumerate(tokens):
-        recv_sizes = recv[index::num_slices]
+    for index, (part, (row_of_copy, copy_of_row)) in enumerate(zip(tokens, ways, strict=True)):
+        send_sizes, recv_sizes = send[index::num_slices], recv[index::num_slices]
         own = rest[index * num_rest : (index + 1) * num_rest]
         hand_on, handed = (own[:on_node], own[width : width + on_node]) if fan_out == "node" else ([], [])
         num_pairs = own[-1] if num_top_k > 1 else sum(recv_sizes)
         slices.append(
             Slice(
                 part,
-                destination[part],
-                send[index::num_slices],
+                row_of_copy,
+                copy_of_row[: sum(send_sizes)],
+                send_sizes,
                 recv_sizes,
                 hand_on,
                 handed,
@@ -238,7 +248,7 @@ def plan_dispatch(
 
 def _first_occurrence(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, k) -> whether each slot is the first of its row with its value, and the slot that is, both (T, k)."""
-    first = (values.unsqueeze(2) == values.unsqueeze(1)).to(torch.int8).argmax(dim=2)
+    first = first_slots(values)
     return first == torch.arange(values.size(1), device=values.device), first
 
 
@@ -248,8 +258,9 @@ class DispatchMetadata:
     What the experts need besides the tokens, and what combine needs to find the way back.
 
     Attributes:
-        expert_ids (`torch.Tensor` of shape `(R, 1)`, int64): local expert of each row; `num_local_experts` = none.
-        weights (`torch.Tensor` of shape `(R, 1)`): routing weight of each row, the receiver applies it.
+        expert_ids (`torch.Tensor` of shape `(R, s)`, int64): local experts of each row; `num_local_experts` = none.
+        weights (`torch.Tensor` of shape `(R, s)`): their routing weights, the receiver applies them.
+        num_pairs (`int`): how many of the ids name an expert; with fixed shapes at most.
     """
 
     peers: Peers
@@ -259,6 +270,7 @@ class DispatchMetadata:
     recomputation: Any = None
     expert_ids: torch.Tensor = None
     weights: torch.Tensor = None
+    num_pairs: int = 0
     link: torch.Tensor = None
     hops: list[Route] = field(default_factory=list)  # in the order of the way out
     exchange: Exchange = None
@@ -285,7 +297,8 @@ def start_dispatch(
     """
     part = plan.slices[index]
     metadata = DispatchMetadata(peers, plan, part, wire_dtype, recomputation)
-    route = make_route(part.destination, part.send_sizes, part.recv_sizes, peers.group, part.room)
+    ways = part.row_of_copy, part.copy_of_row
+    route = Route(*ways, part.send_sizes, part.recv_sizes, peers.group, plan.is_padded)
     metadata.hops.append(route)
     withdraw = recomputation.withdraw if recomputation is not None else None
     metadata.exchange = Exchange(
@@ -297,13 +310,16 @@ def start_dispatch(
     return metadata
 
 
-def finish_dispatch(metadata: DispatchMetadata) -> tuple[torch.Tensor, torch.Tensor, DispatchMetadata]:
+def finish_dispatch(metadata: DispatchMetadata, by_pair: bool = True) -> torch.Tensor:
     """
-    Waits for a slice's tokens, hands them on inside the node and copies them for every local expert that they chose.
+    Waits for a slice's tokens, hands them on inside the node and completes the metadata for the experts and [`start_combine`].
+
+    Args:
+        by_pair (`bool`):
+            whether a row is copied for every local expert that it chose, for experts that would else gather it k times.
 
     Returns:
-        tokens of shape `(R, d)`, one row per (token, local expert) pair; tokens per local expert, of shape
-        `(num_local_experts,)`, int64, on the device; the metadata for [`combine`].
+        tokens of shape `(R, d)`: one row per (token, local expert) pair, or per token with `by_pair=False`.
     """
     peers, plan, part = metadata.peers, metadata.plan, metadata.part
     tokens, weights, ids, link = finish(metadata.exchange, metadata.ticket)
@@ -324,27 +340,24 @@ def finish_dispatch(metadata: DispatchMetadata) -> tuple[torch.Tensor, torch.Ten
         tokens, weights, ids, link = finish(exchange, ticket)
         ids = ids.long()
     local = peers.expert_to_local[ids]
-    if ids.size(1) > 1:
-        # One row per (token, local expert): experts that sum over k themselves would gather k rows for each.
-        none, num_pairs = peers.num_local_experts, part.num_pairs
+    none, num_pairs = peers.num_local_experts, part.num_pairs
+    if by_pair and local.size(1) > 1:
         room = local.new_full((1,), num_pairs) if plan.is_padded else None
         route = make_route((local == none).long(), [num_pairs], [num_pairs], room=room)
         metadata.hops.append(route)
         exchange = Exchange(route)
         tokens, link = finish(exchange, start(exchange, tokens, after=link))
-        slot = _slot_of_pair(route, num_pairs)
-        local = torch.nn.functional.pad(local.reshape(-1, 1), (0, 0, 0, 1), value=none).index_select(0, slot)
-        weights = torch.nn.functional.pad(weights.reshape(-1, 1), (0, 0, 0, 1)).index_select(0, slot)
-    metadata.expert_ids, metadata.weights, metadata.link = local, weights, link
-    counts = count(local, peers.num_local_experts + 1)[: peers.num_local_experts]
-    return tokens, counts, metadata
-
-
-def _slot_of_pair(route: Route, num_pairs: int) -> torch.Tensor:
-    """(R,): the flat (row, slot) of each pair; rows * slots for padding."""
-    places = route.copies.reshape(-1)
-    slots = places.new_full((num_pairs + 1,), places.numel())
-    return slots.scatter_(0, places, torch.arange(places.numel(), device=places.device))[:num_pairs]
+        # a pair is a copy, and a copy's number that of its id and weight; -1 is the one appended
+        local = torch.nn.functional.pad(local.view(-1, 1), (0, 0, 0, 1), value=none)
+        weights = torch.nn.functional.pad(weights.reshape(-1, 1), (0, 0, 0, 1))
+        pair = route.copy_of_row % local.size(0)
+        local, weights = local.index_select(0, pair), weights.index_select(0, pair)
+    elif plan.is_padded and num_pairs < local.numel():
+        # the same pairs have room as in a route
+        has_no_room = (local != none).view(-1).cumsum(0).view_as(local) > num_pairs
+        local = local.masked_fill(has_no_room, none)
+    metadata.expert_ids, metadata.weights, metadata.num_pairs, metadata.link = local, weights, num_pairs, link
+    return tokens
 
 
 def start_combine(expert_output: torch.Tensor, metadata: DispatchMetadata) -> DispatchMetadata:
@@ -397,10 +410,14 @@ def dispatch(
         peers, fan_out, capacity, wire_dtype: see [`plan_dispatch`] and [`start_dispatch`].
 
     Returns:
-        tokens `(R, d)`, tokens per local expert `(num_local_experts,)`, and the metadata for [`combine`].
+        tokens `(R, d)`, one row per (token, local expert) pair, tokens per local expert `(num_local_experts,)`, and the
+        metadata for [`combine`].
     """
     plan = plan_dispatch(top_k_index, peers, fan_out, 1, capacity)
-    return finish_dispatch(start_dispatch(hidden_states, top_k_weights, plan, 0, peers, wire_dtype))
+    metadata = start_dispatch(hidden_states, top_k_weights, plan, 0, peers, wire_dtype)
+    tokens = finish_dispatch(metadata)
+    counts = count(metadata.expert_ids, peers.num_local_experts + 1)[: peers.num_local_experts]
+    return tokens, counts, metadata
 
 
 def combine(expert_output: torch.Tensor, metadata: DispatchMetadata) -> torch.Tensor:

@@ -8,6 +8,9 @@ An exchange is linear. `spread` is D: every input row is copied to its places am
 `collect` is its transpose: the rows travel back and the copies of one input row are summed. The backward of one is
 the forward of the other, so two primitives serve dispatch and combine, forward and backward.
 
+Each side makes one pass over the rows: a gather into the buffer that is sent, with the other columns behind it, and a sum
+of the copies out of the buffer that was received (`permute/`).
+
 Start and finish are two functions because whatever runs between them hides the transfer, and because autograd runs
 them backwards: the finish's backward *starts* the reverse transfer and the start's backward waits for it. The rows
 themselves do not pass along the graph's edge between the two (a buffer that is still being written must not be seen
@@ -25,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 
+from ..permute.rows import collect_rows, lay_out, spread_rows, spread_rows_into
 from .backend import label_calls
 from .exchange_clock import ExchangeClock, Mark
 
@@ -35,21 +39,34 @@ class Route:
     Which rows leave, for whom, and how many arrive.
 
     Args:
-        source (`torch.Tensor` of shape `(S,)`, int64): the input row that each sent row copies; `N` is padding.
-        copies (`torch.Tensor` of shape `(N, W)`, int64):
-            the inverse: where the copies of each input row are among the sent rows; `S` where there is none.
+        row_of_copy (`torch.Tensor` of shape `(N, W)`, int64):
+            where the copies of each input row are among the sent rows; -1 where there is none.
+        copy_of_row (`torch.Tensor` of shape `(S,)`, int64):
+            the inverse: the input row times W plus the slot of each sent row; -1 is padding.
         send_sizes (`list[int]`): rows for each rank of the group, adding up to S.
         recv_sizes (`list[int]`): rows from each rank of the group, adding up to R.
         group (`ProcessGroup`, *optional*): `None` copies rows on this rank, nothing travels.
-        padded (`bool`): whether `source` may hold padding (fixed shapes).
+        padded (`bool`): whether there may be padding (fixed shapes).
     """
 
-    source: torch.Tensor
-    copies: torch.Tensor
+    row_of_copy: torch.Tensor
+    copy_of_row: torch.Tensor
     send_sizes: list[int]
     recv_sizes: list[int]
     group: Any = None
     padded: bool = False
+
+    def spread(self, rows: torch.Tensor) -> torch.Tensor:
+        """(N, c) -> (S, c), differentiable."""
+        return spread_rows(rows, self.row_of_copy, self.copy_of_row, self.padded)
+
+    def spread_into(self, out: torch.Tensor, rows: torch.Tensor) -> None:
+        """(N, c) -> `out` (S, c), cast to its dtype."""
+        spread_rows_into(out, rows, self.row_of_copy, self.copy_of_row, self.padded)
+
+    def collect(self, rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """(S, c) -> (N, c), the sum of every row's copies; differentiable without `dtype`."""
+        return collect_rows(rows, self.row_of_copy, self.copy_of_row, dtype)
 
 
 def make_route(
@@ -71,26 +88,9 @@ def make_route(
             `send_sizes` on the device, for fixed shapes: what does not fit is dropped, the last rows first, and what is
             left of the room is padding.
     """
-    num_rows, width = destination.shape
-    num_destinations, num_sent = len(send_sizes), sum(send_sizes)
-    flat = destination.reshape(-1)
-    counts = count(flat, num_destinations + 1)
-    # Room and first place of every destination; no room for "no copy".
-    sizes = torch.nn.functional.pad(counts[:-1] if room is None else room, (0, 1))
-    first = sizes.cumsum(0) - sizes
-    by_destination, order = torch.sort(flat, stable=True)
-    position = torch.arange(flat.numel(), device=flat.device) - (counts.cumsum(0) - counts)[by_destination]
-    place = torch.where(position < sizes[by_destination], first[by_destination] + position, num_sent)
-    copies = torch.empty_like(flat).scatter_(0, order, place)
-    source = torch.full((num_sent + 1,), num_rows, device=flat.device)
-    source = source.scatter_(0, place, order // width)[:num_sent]
-    return Route(source, copies.view(num_rows, width), send_sizes, recv_sizes, group, room is not None)
-
-
-def count(values: torch.Tensor, num_values: int) -> torch.Tensor:
-    """How often each of `0 .. num_values - 1` occurs: `bincount` without its host sync. Shape `(num_values,)`."""
-    values = values.reshape(-1)
-    return values.new_zeros(num_values).scatter_add_(0, values, torch.ones_like(values))
+    num_rows = sum(send_sizes)
+    row_of_copy, copy_of_row = lay_out(destination, len(send_sizes), room, num_rows)
+    return Route(row_of_copy, copy_of_row[:num_rows], send_sizes, recv_sizes, group, room is not None)
 
 
 @dataclass
@@ -137,37 +137,38 @@ class Exchange:
     _traced: tuple[torch.Tensor, ...] = ()
 
     def begin(self, columns: Sequence[torch.Tensor], back: bool) -> None:
-        route = self.route
+        route, (head, *rest) = self.route, columns
         self._columns = tuple((column.size(1), column.dtype) for column in columns)
-        rows = _pack(columns, self.wire_dtype if route.group is not None else None)
+        dtype = head.dtype if self.wire_dtype is None or route.group is None else self.wire_dtype
+        send_sizes, recv_sizes = route.send_sizes, route.recv_sizes
         if back:
-            send_sizes, recv_sizes = route.recv_sizes, route.send_sizes
+            send_sizes, recv_sizes = recv_sizes, send_sizes
+        if back and not rest:
+            rows = head.to(dtype).contiguous()
         else:
-            send_sizes, recv_sizes = route.send_sizes, route.recv_sizes
-            if route.padded:
-                rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
-            rows = rows.index_select(0, route.source)
+            width, tail = head.size(1), _as_bits(rest, head.size(1), dtype) if rest else None
+            rows = head.new_empty((sum(send_sizes), width + (tail.size(1) if rest else 0)), dtype=dtype)
+            place = torch.Tensor.copy_ if back else route.spread_into
+            place(rows[:, :width], head)
+            if rest:
+                place(rows[:, width:].view(tail.dtype), tail)
         if route.group is None:
-            self._flight = _Flight(None, rows, torch.nn.functional.pad(rows, (0, 0, 0, 1)) if back else rows)
+            self._flight = _Flight(None, rows, rows)
             return
-        # Rows that come back get one zero row behind them: the copy that does not exist (see `_sum_copies`).
-        num_received = sum(recv_sizes)
-        received = rows.new_empty(num_received + back, rows.size(1))
-        received[num_received:] = 0
+        received = rows.new_empty(sum(recv_sizes), rows.size(1))
         label_calls(route.group, self.label)
         mark = None if self.clock is None else self.clock.start(route.group)
-        work = dist.all_to_all_single(
-            received[:num_received], rows, recv_sizes, send_sizes, group=route.group, async_op=True
-        )
+        work = dist.all_to_all_single(received, rows, recv_sizes, send_sizes, group=route.group, async_op=True)
         self._flight = _Flight(work, rows, received, mark)
 
     def end(self, back: bool) -> list[torch.Tensor]:
         assert self._flight is not None
-        columns = _unpack(self._flight.wait(), self._columns)
+        columns = _columns_of(self._flight.wait(), self._columns)
         self._flight = None
+        dtypes = [dtype for _, dtype in self._columns]
         if back:
-            columns = [_sum_copies(column, self.route.copies) for column in columns]
-        return [column.to(dtype) for column, (_, dtype) in zip(columns, self._columns, strict=True)]
+            return [self.route.collect(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)]
+        return [column.to(dtype) for column, dtype in zip(columns, dtypes, strict=True)]
 
 
 def start(exchange: Exchange, *columns: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
@@ -203,17 +204,14 @@ def _traced_exchange(exchange: Exchange, column: torch.Tensor) -> torch.Tensor:
     if exchange.wire_dtype is not None and group is not None and column.is_floating_point():
         rows = rows.to(exchange.wire_dtype)
     if not exchange.back:
-        if route.padded:
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
-        rows = rows.index_select(0, route.source)
+        rows = route.spread(rows)
     else:
         sizes.reverse()
     if group is not None:
         exchange_rows = all_to_all_single_autograd if rows.requires_grad else all_to_all_single
         rows = wait_tensor(exchange_rows(rows, *sizes, group))
     if exchange.back:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
-        rows = _sum_copies(rows, route.copies)
+        rows = route.collect(rows)
     return rows.to(column.dtype)
 
 
@@ -254,32 +252,33 @@ class _Finish(torch.autograd.Function):
         return None, grads[-1].new_zeros(())
 
 
-def _pack(columns: Sequence[torch.Tensor], wire_dtype: torch.dtype | None) -> torch.Tensor:
-    head = columns[0] if wire_dtype is None else columns[0].to(wire_dtype)
-    if len(columns) == 1:
-        return head.contiguous()
-    tail = torch.cat([column.contiguous().view(torch.uint8) for column in columns[1:]], dim=1)
-    tail = torch.nn.functional.pad(tail, (0, -tail.size(1) % head.element_size()))
-    return torch.cat([head, tail.view(head.dtype)], dim=1)
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ROW_ALIGNMENT = 16  # bytes: rows begin where a device reads them in one go, and where any dtype's values may
 
 
-def _unpack(rows: torch.Tensor, columns: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
-    width = columns[0][0]
-    unpacked = [rows[:, :width]]
-    if len(columns) > 1:
-        tail, start_byte = rows[:, width:].contiguous().view(torch.uint8), 0
-        for width, dtype in columns[1:]:
-            num_bytes = width * dtype.itemsize
-            unpacked.append(tail[:, start_byte : start_byte + num_bytes].contiguous().view(dtype))
-            start_byte += num_bytes
+def _as_bits(columns: Sequence[torch.Tensor], head_width: int, dtype: torch.dtype) -> torch.Tensor:
+    """
+    The columns side by side as whole numbers of the size of `dtype`, so that nothing takes their bits for numbers; filled
+    so that the row with its head is aligned.
+    """
+    # by way of one dimension, which has a stride of 1 even where it is empty
+    byte_columns = [
+        column.reshape(-1).view(torch.uint8).view(column.size(0), column.size(1) * column.itemsize)
+        for column in columns
+    ]
+    tail = torch.cat(byte_columns, dim=1)
+    filling = -(head_width * dtype.itemsize + tail.size(1)) % _ROW_ALIGNMENT
+    return torch.nn.functional.pad(tail, (0, filling)).view(_BITS[dtype.itemsize])
+
+
+def _columns_of(rows: torch.Tensor, columns: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
+    """What [`Exchange.begin`] put side by side. The first is a part of `rows`, not a copy."""
+    width, dtype = columns[0][0], rows.dtype
+    unpacked, start_byte = [rows[:, :width]], width * dtype.itemsize
+    for width, dtype in columns[1:]:
+        num_bytes = width * dtype.itemsize
+        # cloned even where one row makes a part contiguous: what begins anywhere can be no other dtype
+        column = rows.view(torch.uint8)[:, start_byte : start_byte + num_bytes]
+        unpacked.append(column.clone(memory_format=torch.contiguous_format).view(dtype))
+        start_byte += num_bytes
     return unpacked
-
-
-def _sum_copies(rows: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
-    """(S + 1, c) -> (N, c): the sum of every row's copies, in a fixed order so that it repeats bit for bit."""
-    if copies.size(1) > 1 and rows.dtype in (torch.bfloat16, torch.float16):
-        rows = rows.float()
-    total = rows.index_select(0, copies[:, 0])
-    for column in copies.unbind(1)[1:]:
-        total = total + rows.index_select(0, column)
-    return total

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .backend import PLAN_VARIABLE
 from .dispatch import Capacity, FanOut, Peers, plan_dispatch
@@ -320,38 +321,49 @@ class LocMoeEP(EPImplementation):
             )
         if is_training:
             self._choices = plan.fan_out, len(plan.slices)
+        takes_choices = self._experts_take_choices(hidden_states)
         return run_sliced(
             hidden_states,
             top_k_weights,
             plan,
             peers,
-            self._run_padded_experts if plan.is_padded else self._run_experts,
+            self._run_padded_experts if plan.is_padded and not takes_choices else self._run_experts,
             _WIRE_DTYPES.get(self.options.wire_dtype),
             recomputation if has_backward else None,
             is_recomputed,
+            by_pair=not takes_choices,
         )
 
     _exchange_in_eager = torch.compiler.disable(_exchange)
 
-    def _run_experts(self, tokens, expert_ids, weights):
+    def _experts_take_choices(self, hidden_states) -> bool:
+        """Whether the experts' implementation lays out, of k choices of a row, those alone that are for this rank's experts."""
+        implementation = ALL_EXPERTS_FUNCTIONS.get(getattr(self.experts.config, "_experts_implementation", None))
+        takes_choices = getattr(implementation, "takes_choices", None)
+        return takes_choices is not None and takes_choices(self.experts, hidden_states)
+
+    def _run_experts(self, tokens, expert_ids, weights, num_pairs):
         # Without a row the experts would drop out of the graph, and with them this rank's part in the exchanges of the
         # backward and in the reduction of the experts' gradients.
         if tokens.size(0) == 0:
-            return self._run_padded_experts(tokens, expert_ids, weights)
-        return self._call_experts(tokens, expert_ids, weights)
+            return self._run_padded_experts(tokens, expert_ids, weights, num_pairs)
+        return self._call_experts(tokens, expert_ids, weights, num_pairs)
 
-    def _run_padded_experts(self, tokens, expert_ids, weights):
+    def _run_padded_experts(self, tokens, expert_ids, weights, num_pairs):
         """With one row of zeros more for expert 0, dropped again: at least one row is for an expert of this rank."""
+        num_pairs += expert_ids.size(1)
         tokens, expert_ids, weights = (
             torch.nn.functional.pad(tensor, (0, 0, 0, 1)) for tensor in (tokens, expert_ids, weights)
         )
-        return self._call_experts(tokens, expert_ids, weights)[:-1]
+        return self._call_experts(tokens, expert_ids, weights, num_pairs)[:-1]
 
-    def _call_experts(self, tokens, expert_ids, weights):
+    def _call_experts(self, tokens, expert_ids, weights, num_pairs):
         if getattr(self.experts, "expert_capacity", None) is not None:
             # Set by our MoE block for this rank's tokens, and they were limited to it. What arrives here is of all
             # ranks, so more than that for one expert, and none of it may be dropped.
             self.experts.expert_capacity = None
+        if expert_ids.size(1) > 1:
+            return self.experts_forward(tokens, expert_ids, weights, num_choices=num_pairs)
         return self.experts_forward(tokens, expert_ids, weights)
 
     def _cost(self, hidden_states, peers: Peers) -> CostModel:

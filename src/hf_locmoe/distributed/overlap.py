@@ -45,10 +45,11 @@ def run_sliced(
     top_k_weights: torch.Tensor,
     plan: DispatchPlan,
     peers: Peers,
-    experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor],
     wire_dtype: torch.dtype | None = None,
     recomputation: Recomputation | None = None,
     is_recomputed: bool = False,
+    by_pair: bool = True,
 ) -> torch.Tensor:
     """
     Dispatch, experts and combine of one layer, slice by slice.
@@ -58,11 +59,14 @@ def run_sliced(
         top_k_weights (`torch.Tensor` of shape `(T, k)`): their routing weights.
         plan (`DispatchPlan`): where they go, and in how many slices.
         peers (`Peers`): the expert-parallel group.
-        experts (callable): `(tokens (R, d), local expert ids (R, 1), weights (R, 1)) -> weighted outputs (R, d)`.
+        experts (callable):
+            `(tokens (R, d), local expert ids (R, s), weights (R, s), pairs) -> sums of weighted outputs (R, d)`, where `pairs`
+            (`int`) is how many of the ids name an expert, with fixed shapes at most.
         wire_dtype (`torch.dtype`, *optional*): dtype under way.
         recomputation (`Recomputation`, *optional*): where the plan waits in backward, for activation checkpointing.
         is_recomputed (`bool`): whether a checkpoint runs this forward again. Then nothing returns before the last slice
             is computed: where nothing after the layer is needed, the checkpoint stops there and nothing returns at all.
+        by_pair (`bool`): whether the experts get one row for each (token, local expert) pair, s = 1, or for each token, s = k.
 
     Returns:
         `torch.Tensor` of shape `(T, d)`.
@@ -78,8 +82,9 @@ def run_sliced(
     under_way, computed, returning = send(0), [], []
     for index in range(num_slices):
         current, under_way = under_way, send(index + 1) if index + 1 < num_slices else None
-        tokens, _, metadata = finish_dispatch(current)
-        computed.append((experts(tokens, metadata.expert_ids, metadata.weights), metadata))
+        tokens = finish_dispatch(current, by_pair)
+        output = experts(tokens, current.expert_ids, current.weights, current.num_pairs)
+        computed.append((output, current))
         if not is_recomputed or under_way is None:
             returning += [start_combine(*result) for result in computed]
             computed.clear()

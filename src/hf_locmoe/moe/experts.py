@@ -18,20 +18,14 @@ from .overflow import position_in_expert
 
 
 try:
-    from .kernels import (
-        ACTIVATIONS,
-        activate,
-        activate_backward,
-        combine,
-        combine_rows,
-        gather,
-        gather_rows,
-        needs_operator,
-        weighted_activation,
-    )
-    from .layout_kernels import rows_by_capacity, rows_by_expert
+    from ..permute.layout_kernels import rows_by_capacity, rows_by_expert
+    from ..permute.row_kernels import combine, combine_rows, gather, gather_rows, needs_operator
+    from .kernels import ACTIVATIONS, activate, activate_backward, weighted_activation
 except ImportError:  # no Triton
     ACTIVATIONS = {}
+
+# by class, as other models' configurations name their activation in other fields
+_KERNEL_OF_ACTIVATION = {type(ACT2FN[name]): kernel for name, kernel in ACTIVATIONS.items()}
 
 
 @use_experts_implementation(has_gate=False)
@@ -204,7 +198,11 @@ def _by_expert(rows, weight, offsets):
 
 
 def capacity_bmm_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    num_choices: int | None = None,
 ) -> torch.Tensor:
     """
     Experts implementation `"capacity_bmm"`: the tokens are laid out as `[n, C, d]` and each projection is one batched
@@ -216,13 +214,18 @@ def capacity_bmm_experts_forward(
     nothing, nor do those to an expert id of `num_experts`, which stands for none. Those of weight 0 take no room: the caller
     has limited the assignments first (`moe.overflow.limit_to_capacity`), unless `self.assignments_are_limited` is False.
 
-    On CUDA with Triton, layout, activation and weighting are the kernels of `moe/kernels.py`; elsewhere plain torch, and
-    for dropless batches transformers' `"grouped_mm"`.
+    On CUDA with Triton, layout, activation and weighting are kernels, `permute/` and `moe/kernels.py`, for transformers'
+    experts of the same form as ours, too; elsewhere plain torch, and for dropless batches transformers' `"grouped_mm"`.
+
+    Args:
+        num_choices (`int`, *optional*):
+            Of a dropless batch, how many ids name an expert of this module, at most; the others are `num_experts` and
+            more. All of them when left out. See `takes_choices`.
     """
     capacity = getattr(self, "expert_capacity", None)
     dtype = _compute_dtype(self, hidden_states)
     if _can_fuse(self, hidden_states, dtype):
-        return _fused_forward(self, hidden_states, top_k_index, top_k_weights, capacity, dtype)
+        return _fused_forward(self, hidden_states, top_k_index, top_k_weights, capacity, dtype, num_choices)
     if capacity is None:
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     if self.has_bias or self.is_transposed or self.has_post_expert_norm:
@@ -230,7 +233,7 @@ def capacity_bmm_experts_forward(
             "`experts_implementation` ('capacity_bmm') serves experts without biases, transposed weights or post-norm: "
             "use 'grouped_mm' for this model."
         )
-    limited = top_k_weights if self.assignments_are_limited else None
+    limited = top_k_weights if getattr(self, "assignments_are_limited", True) else None
     row_of_choice, choice_of_row = _rows_by_capacity(top_k_index, limited, self.num_experts, capacity)
     # -1 is the row of zeros at the end
     rows = _with_zero_row(hidden_states)[choice_of_row // top_k_index.shape[1]]
@@ -243,11 +246,24 @@ def capacity_bmm_experts_forward(
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
-def _fused_forward(self, hidden_states, top_k_index, top_k_weights, capacity, dtype):
-    limited = top_k_weights if self.assignments_are_limited else None
+def _takes_choices(self: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """
+    Whether a dropless batch may come with `num_choices`, most of its ids naming no expert of this module, and those take
+    neither memory nor time. Expert parallelism asks this of an experts implementation.
+    """
+    dtype = _compute_dtype(self, hidden_states)
+    return _can_fuse(self, hidden_states, dtype) and _can_group(self, hidden_states, dtype)
+
+
+capacity_bmm_experts_forward.takes_choices = _takes_choices  # type: ignore[attr-defined]
+
+
+def _fused_forward(self, hidden_states, top_k_index, top_k_weights, capacity, dtype, num_choices=None):
+    limited = top_k_weights if getattr(self, "assignments_are_limited", True) else None
     offsets = None
     if capacity is None:
-        layout = rows_by_expert(top_k_index, self.num_experts)
+        row_of_choice, choice_of_row, offsets = rows_by_expert(top_k_index, self.num_experts)
+        layout = row_of_choice, choice_of_row[:num_choices], offsets
     elif self.num_experts * capacity > top_k_index.numel() and _can_group(self, hidden_states, dtype):
         # more room than assignments: the rows that are taken, and no product of empty ones
         layout = rows_by_expert(top_k_index, self.num_experts, limited, capacity)
@@ -255,7 +271,7 @@ def _fused_forward(self, hidden_states, top_k_index, top_k_weights, capacity, dt
         layout = (*rows_by_capacity(top_k_index, limited, self.num_experts, capacity), None)
     row_of_choice, choice_of_row, offsets = layout
     tokens, first, last = hidden_states.to(dtype), _first_weight(self).to(dtype), self.down_proj.to(dtype)
-    activation = ACTIVATIONS[self.config.hidden_act], self.has_gate
+    activation = _KERNEL_OF_ACTIVATION[type(self.act_fn)], self.has_gate
     if torch.is_grad_enabled() and not needs_operator(tokens):
         to_come, activated = _ResultToCome.apply(tokens, top_k_weights, first, last, *layout, *activation)
         output = _Result.apply(to_come, activated, last.detach(), *layout)
@@ -276,13 +292,25 @@ def _compute_dtype(self, hidden_states):
 
 
 def _can_fuse(self, hidden_states, dtype):
-    if not isinstance(self, LocMoeExperts | LocMoeGatedExperts) or not _kernels_run_on(hidden_states):
+    if not _kernels_run_on(hidden_states) or not _has_our_form(self):
         return False
-    if self.config.hidden_act not in ACTIVATIONS:
-        return False
-    if self.expert_capacity is not None:
+    if getattr(self, "expert_capacity", None) is not None:
         return dtype in (torch.bfloat16, torch.float16, torch.float32)
     return _can_group(self, hidden_states, dtype)
+
+
+def _has_our_form(self):
+    """Whether the experts compute what [`LocMoeExperts`] or [`LocMoeGatedExperts`] do, with weights that lie alike."""
+    if (
+        self.has_bias
+        or self.is_transposed
+        or self.has_post_expert_norm
+        or type(self.act_fn) not in _KERNEL_OF_ACTIVATION
+    ):
+        return False
+    if not self.has_gate:
+        return True
+    return self.is_concatenated and type(self)._apply_gate is LocMoeGatedExperts._apply_gate
 
 
 def _can_group(self, hidden_states, dtype):

@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
+from ..permute.row_kernels import ceil_div, choose, needs_operator, power_of_2, with_gradient
 from .gate_jit_kernels import add_partials_kernel, gate_kernel, route_backward_kernel
-from .kernels import ceil_div, choose, needs_operator, power_of_2, with_gradient
 
 
 _TILE = 4096  # elements of the hidden states that a program reads or writes together

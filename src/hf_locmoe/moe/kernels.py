@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Triton kernels for the expert computation: laying tokens out by expert, the weighted activation, adding results up.
+Triton kernel for the expert computation: the weighted activation. Those that bring rows to experts and back are in
+`permute/`, and what is said there of operators holds here.
 
-Importing this file needs Triton; callers fall back to plain torch where it is missing. Each kernel is a custom operator
-with a gradient, so torch.compile takes them as they are; in eager mode it is called past the operator, whose cost on the host
-is a multiple of a launch's. Sums are made in float32 whatever the dtype of the tensors.
+Importing this file needs Triton; callers fall back to plain torch where it is missing.
 
 The routing weight multiplies the activation instead of the expert's output: the same product, since the second projection
 is linear, and its gradient is then a by-product of the activation's, without another pass over the outputs.
@@ -21,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..permute.row_kernels import block_of, ceil_div, choose, needs_operator, with_gradient
+
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -31,30 +32,6 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 """transformers' names of activations to those of the kernels."""
-
-_COLUMNS = 1024  # columns of a row that a program handles at a time
-
-
-@triton.jit
-def _gather_kernel(source, choice_of_row, rows, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    choice = tl.load(choice_of_row + row)
-    for start in tl.static_range(0, WIDTH, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        values = tl.load(source + (choice // TOP_K) * WIDTH + column, mask=(column < WIDTH) & (choice >= 0), other=0.0)
-        tl.store(rows + row * WIDTH + column, values, mask=column < WIDTH)
-
-
-@triton.jit
-def _combine_kernel(rows, row_of_choice, output, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for slot in tl.static_range(TOP_K):
-        row = tl.load(row_of_choice + token * TOP_K + slot)
-        values = tl.load(rows + row * WIDTH + column, mask=(column < WIDTH) & (row >= 0), other=0.0)
-        total += values.to(tl.float32)
-    tl.store(output + token * WIDTH + column, total.to(output.dtype.element_ty), mask=column < WIDTH)
 
 
 @triton.jit
@@ -133,78 +110,10 @@ def _activate_backward_kernel(
     tl.store(grad_weights + choice, tl.sum(dot, axis=0).to(grad_weights.dtype.element_ty), mask=used)
 
 
-def ceil_div(a: int, b: int) -> int:
-    """`a / b` rounded up. triton.cdiv takes as long as a tenth of a launch."""
-    return -(-a // b)
-
-
-def power_of_2(n: int) -> int:
-    """The least power of two that is no less than `n`, at least 1; as triton.next_power_of_2."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def needs_operator(tensor: Tensor) -> bool:
-    """Whether a kernel has to be called as the operator that the compiler and fake tensors know."""
-    return torch.compiler.is_compiling() or type(tensor) is not Tensor
-
-
-def with_gradient(forward, save, backward) -> type[torch.autograd.Function]:
-    """
-    A function of autograd from the three parts that `torch.library.register_autograd` takes. torch binds the arguments of
-    one that has a `setup_context` by its signature, at every call, which takes longer than a launch.
-    """
-
-    def forward_and_save(ctx, *inputs):
-        output = forward(*inputs)
-        save(ctx, inputs, output)
-        return output
-
-    parts = {"forward": staticmethod(forward_and_save), "backward": staticmethod(backward)}
-    return type(f"With gradient: {forward.__name__}", (torch.autograd.Function,), parts)
-
-
-def choose(tensor: Tensor, operator, function: type[torch.autograd.Function], plain):
-    """Of the forms of a kernel the cheapest for the host that serves: operator, with a gradient, without."""
-    if needs_operator(tensor):
-        return operator
-    return function.apply if torch.is_grad_enabled() else plain
-
-
-def gather_rows(source: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
-    """(T, d) tokens to the (R, d) rows of their choices; empty rows are zeros."""
-    return choose(source, _gather_op, _Gather, gather)(source, choice_of_row, row_of_choice)
-
-
-def combine_rows(rows: Tensor, row_of_choice: Tensor, choice_of_row: Tensor) -> Tensor:
-    """(R, d) rows to the (T, d) sums over each token's choices."""
-    return choose(rows, _combine_op, _Combine, combine)(rows, row_of_choice, choice_of_row)
-
-
 def weighted_activation(inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool) -> Tensor:
     """(R, f) or, gated, (R, 2 f) first projections and (T, k) weights to (R, f): activation times the row's weight."""
     call = choose(inner, _activate_op, _Activate, activate)
     return call(inner, weights, choice_of_row, activation, gated)
-
-
-def gather(source: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
-    """[`gather_rows`] without a gradient."""
-    source = source.contiguous()
-    width, num_rows = source.shape[-1], choice_of_row.shape[0]
-    rows = source.new_empty((num_rows, width))
-    if num_rows:
-        _gather_kernel[(num_rows,)](source, choice_of_row, rows, row_of_choice.shape[1], width, _block(width))
-    return rows
-
-
-def combine(rows: Tensor, row_of_choice: Tensor, choice_of_row: Tensor) -> Tensor:
-    """[`combine_rows`] without a gradient."""
-    rows = rows.contiguous()
-    width, (num_tokens, top_k) = rows.shape[-1], row_of_choice.shape
-    output = rows.new_empty((num_tokens, width))
-    if num_tokens:
-        grid = (num_tokens, ceil_div(width, _block(width)))
-        _combine_kernel[grid](rows, row_of_choice, output, top_k, width, _block(width))
-    return output
 
 
 def activate(inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: str, gated: bool) -> Tensor:
@@ -213,8 +122,8 @@ def activate(inner: Tensor, weights: Tensor, choice_of_row: Tensor, activation: 
     num_rows, width = inner.shape[0], inner.shape[1] // (2 if gated else 1)
     output = inner.new_empty((num_rows, width))
     if num_rows:
-        grid = (num_rows, ceil_div(width, _block(width)))
-        _activate_kernel[grid](inner, weights, choice_of_row, output, activation, gated, width, _block(width))
+        grid = (num_rows, ceil_div(width, block_of(width)))
+        _activate_kernel[grid](inner, weights, choice_of_row, output, activation, gated, width, block_of(width))
     return output
 
 
@@ -235,31 +144,15 @@ def activate_backward(
             activation,
             gated,
             grad.shape[1],
-            _block(grad.shape[1]),
+            block_of(grad.shape[1]),
         )
     return grad_inner, grad_weights
 
 
-def _block(width: int) -> int:
-    return min(_COLUMNS, power_of_2(width))
-
-
-_gather_op = torch.library.custom_op("hf_locmoe::gather_rows", gather, mutates_args=())
-_combine_op = torch.library.custom_op("hf_locmoe::combine_rows", combine, mutates_args=())
 _activate_op = torch.library.custom_op("hf_locmoe::weighted_activation", activate, mutates_args=())
 _activate_backward_op = torch.library.custom_op(
     "hf_locmoe::weighted_activation_backward", activate_backward, mutates_args=()
 )
-
-
-@_gather_op.register_fake
-def _(source, choice_of_row, row_of_choice):
-    return source.new_empty((choice_of_row.shape[0], source.shape[1]))
-
-
-@_combine_op.register_fake
-def _(rows, row_of_choice, choice_of_row):
-    return rows.new_empty((row_of_choice.shape[0], rows.shape[1]))
 
 
 @_activate_op.register_fake
@@ -272,23 +165,9 @@ def _(grad, inner, weights, choice_of_row, activation, gated):
     return inner.new_empty(inner.shape), weights.new_empty(weights.shape)
 
 
-def _save_indices(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:])
-
-
 def _save_activation(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
     ctx.options = inputs[3:]
-
-
-def _gather_backward(ctx, grad):
-    choice_of_row, row_of_choice = ctx.saved_tensors
-    return combine_rows(grad, row_of_choice, choice_of_row), None, None
-
-
-def _combine_backward(ctx, grad):
-    row_of_choice, choice_of_row = ctx.saved_tensors
-    return gather_rows(grad, choice_of_row, row_of_choice), None, None
 
 
 def _activation_backward(ctx, grad):
@@ -296,28 +175,10 @@ def _activation_backward(ctx, grad):
     return *call(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-_gather_op.register_autograd(_gather_backward, setup_context=_save_indices)
-_combine_op.register_autograd(_combine_backward, setup_context=_save_indices)
 _activate_op.register_autograd(_activation_backward, setup_context=_save_activation)
 
 
-_Gather = with_gradient(gather, _save_indices, _gather_backward)
-_Combine = with_gradient(combine, _save_indices, _combine_backward)
 _Activate = with_gradient(activate, _save_activation, _activation_backward)
 
 
-__all__ = [
-    "ACTIVATIONS",
-    "activate",
-    "activate_backward",
-    "ceil_div",
-    "choose",
-    "combine",
-    "combine_rows",
-    "gather",
-    "gather_rows",
-    "needs_operator",
-    "power_of_2",
-    "weighted_activation",
-    "with_gradient",
-]
+__all__ = ["ACTIVATIONS", "activate", "activate_backward", "weighted_activation"]

@@ -23,7 +23,7 @@ from .routing import RouterStat, stable_top_k
 
 
 try:
-    from .layout_kernels import rank_in_expert
+    from ..permute.layout_kernels import rank_in_expert
 except ImportError:  # no Triton
     rank_in_expert = None
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import ceil_div, power_of_2
+from ..permute.row_kernels import ceil_div, power_of_2
 
 
 _TILE = 4096  # logits that a program holds

@@ -40,21 +40,21 @@ def test_route_sorts_copies_by_destination_and_finds_them_again(num_rows, width,
     ]
     sizes = [int((destination == to).sum()) for to in range(num_destinations)]
     route = make_route(destination, sizes, sizes)
-    assert route.source.tolist() == expected
+    assert (route.copy_of_row // width).tolist() == expected
     for row in range(num_rows):
         for slot in range(width):
-            place = int(route.copies[row, slot])
+            place = int(route.row_of_copy[row, slot])
             if destination[row, slot] == num_destinations:
-                assert place == len(expected)
+                assert place == -1
             else:
-                assert route.source[place] == row
+                assert route.copy_of_row[place] == row * width + slot
 
 
 def test_route_of_fixed_size_drops_the_last_rows_and_pads():
     destination = torch.tensor([[0], [1], [0], [0], [2]])
     route = make_route(destination, [2, 2], [2, 2], room=torch.tensor([2, 2]))
-    assert route.source.tolist() == [0, 2, 1, 5]
-    assert route.copies.flatten().tolist() == [0, 2, 1, 4, 4]
+    assert route.copy_of_row.tolist() == [0, 2, 1, -1]
+    assert route.row_of_copy.flatten().tolist() == [0, 2, 1, -1, -1]
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -104,13 +104,14 @@ def make_peers(ranks_per_node, num_experts, placement=None):
 
 
 def experts_of(peers, scale):
-    """Expert e computes `scale[e] * tanh(x)`; called as transformers calls an experts module."""
+    """Expert e computes `scale[e] * tanh(x)`; sums over a row's experts, of which there may be one."""
     mine = torch.tensor([*peers.topology.experts_of_rank(peers.rank), 0])
 
-    def experts(tokens, expert_ids, weights):
+    def experts(tokens, expert_ids, weights, num_pairs):
         of_nobody = expert_ids >= peers.num_local_experts
-        factor = scale[mine[expert_ids]].masked_fill(of_nobody, 0.0)
-        return factor * torch.tanh(tokens) * weights
+        assert (~of_nobody).sum() <= num_pairs
+        factor = (scale[mine[expert_ids]] * weights).masked_fill(of_nobody, 0.0)
+        return factor.sum(1, keepdim=True) * torch.tanh(tokens)
 
     return experts
 
@@ -134,19 +135,20 @@ def check_against_reference(peers, fan_out, num_slices, tokens, dtype=torch.floa
     outputs, states_grad, weights_grad, scale_grad, arrived = reference(
         states, index, weights, scale, peers.topology.expert_to_rank
     )
-    x = states[rank].clone().requires_grad_()
-    w = weights[rank].clone().requires_grad_()
-    s = scale.clone().requires_grad_()
-    plan = plan_dispatch(index[rank], peers, fan_out, num_slices)
-    output = run_sliced(x, w, plan, peers, experts_of(peers, s), wire_dtype)
-    (output * torch.cos(output.detach())).sum().backward()
-    own_scale_grad = s.grad if s.grad is not None else torch.zeros_like(s)
-    dist.all_reduce(own_scale_grad)
     tolerance = TOLERANCES[wire_dtype or dtype]
-    torch.testing.assert_close(output.detach(), outputs[rank], **tolerance)
-    torch.testing.assert_close(x.grad, states_grad[rank], **tolerance)
-    torch.testing.assert_close(w.grad, weights_grad[rank], **tolerance)
-    torch.testing.assert_close(own_scale_grad, scale_grad, **tolerance)
+    for by_pair in (True, False):
+        x = states[rank].clone().requires_grad_()
+        w = weights[rank].clone().requires_grad_()
+        s = scale.clone().requires_grad_()
+        plan = plan_dispatch(index[rank], peers, fan_out, num_slices)
+        output = run_sliced(x, w, plan, peers, experts_of(peers, s), wire_dtype, by_pair=by_pair)
+        (output * torch.cos(output.detach())).sum().backward()
+        own_scale_grad = s.grad if s.grad is not None else torch.zeros_like(s)
+        dist.all_reduce(own_scale_grad)
+        torch.testing.assert_close(output.detach(), outputs[rank], **tolerance)
+        torch.testing.assert_close(x.grad, states_grad[rank], **tolerance)
+        torch.testing.assert_close(w.grad, weights_grad[rank], **tolerance)
+        torch.testing.assert_close(own_scale_grad, scale_grad, **tolerance)
     # The rows that the experts see are the pairs of the reference, in some order.
     rows, counts, metadata = dispatch(states[rank], index[rank], weights[rank], peers, fan_out)
     mine = peers.topology.experts_of_rank(rank)
@@ -197,9 +199,10 @@ def compare_odd_groups():
 
 def compare_bfloat16_wire():
     peers = make_peers(2, 8)
-    tokens = make_tokens(dist.get_world_size(), (16, 9), 3, 8, "random", torch.float32)
-    for fan_out in ("rank", "node"):
-        check_wire(peers, fan_out, tokens)
+    for num_tokens in ((16, 9), (1, 0)):  # a lone row's columns begin where no float32 may
+        tokens = make_tokens(dist.get_world_size(), num_tokens, 3, 8, "random", torch.float32)
+        for fan_out in ("rank", "node"):
+            check_wire(peers, fan_out, tokens)
 
 
 def check_wire(peers, fan_out, tokens):
@@ -235,13 +238,14 @@ def compare_fixed_shapes():
         outputs, states_grad, weights_grad, *_ = reference(
             states, index, weights, scale, peers.topology.expert_to_rank
         )
-        x, w = states[rank].clone().requires_grad_(), weights[rank].clone().requires_grad_()
-        plan = plan_dispatch(index[rank], peers, "rank", 2, Capacity(24, 24))
-        output = run_sliced(x, w, plan, peers, experts_of(peers, scale))
-        (output * torch.cos(output.detach())).sum().backward()
-        torch.testing.assert_close(output.detach(), outputs[rank], **TOLERANCES[torch.float64])
-        torch.testing.assert_close(x.grad, states_grad[rank], **TOLERANCES[torch.float64])
-        torch.testing.assert_close(w.grad, weights_grad[rank], **TOLERANCES[torch.float64])
+        for by_pair in (True, False):
+            x, w = states[rank].clone().requires_grad_(), weights[rank].clone().requires_grad_()
+            plan = plan_dispatch(index[rank], peers, "rank", 2, Capacity(24, 24))
+            output = run_sliced(x, w, plan, peers, experts_of(peers, scale), by_pair=by_pair)
+            (output * torch.cos(output.detach())).sum().backward()
+            torch.testing.assert_close(output.detach(), outputs[rank], **TOLERANCES[torch.float64])
+            torch.testing.assert_close(x.grad, states_grad[rank], **TOLERANCES[torch.float64])
+            torch.testing.assert_close(w.grad, weights_grad[rank], **TOLERANCES[torch.float64])
         # Little room: each rank keeps the first tokens for each rank, by hand.
         capacity = Capacity(node_local=3, remote=2)
         kept = []
@@ -270,8 +274,9 @@ def compare_fixed_shapes():
                     ids[token, slot] = num_experts
         outputs, *_ = reference(states, kept, weights, scale, peers.topology.expert_to_rank)
         plan = plan_dispatch(index[rank], peers, "rank", 1, Capacity(24, 24, pairs=12))
-        output = run_sliced(states[rank], weights[rank], plan, peers, experts_of(peers, scale))
-        torch.testing.assert_close(output, outputs[rank], **TOLERANCES[torch.float64])
+        for by_pair in (True, False):
+            output = run_sliced(states[rank], weights[rank], plan, peers, experts_of(peers, scale), by_pair=by_pair)
+            torch.testing.assert_close(output, outputs[rank], **TOLERANCES[torch.float64])
 
 
 def count_rows_between_nodes():

@@ -27,7 +27,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the kernels need a CUDA device, or TRITON_INTERPRET=1 set from the start", allow_module_level=True)
 
-from hf_locmoe.moe import gate_kernels, kernels, layout_kernels, router_kernels
+from hf_locmoe.moe import gate_kernels, kernels, router_kernels
+from hf_locmoe.permute import layout_kernels, row_kernels
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,14 +145,14 @@ def test_gather_and_combine(num_tokens, num_experts, k, capacity, width, dtype):
 
     tokens = torch.randn(num_tokens, width, device=DEVICE, dtype=dtype)
     compare(
-        lambda x: kernels.gather_rows(x, choice_of_row, row_of_choice),
+        lambda x: row_kernels.gather_rows(x, choice_of_row, row_of_choice),
         lambda x: padded(x)[choice_of_row // k],
         [tokens],
         dtype,
     )
     rows = torch.randn(choice_of_row.shape[0], width, device=DEVICE, dtype=dtype)
     compare(
-        lambda x: kernels.combine_rows(x, row_of_choice, choice_of_row),
+        lambda x: row_kernels.combine_rows(x, row_of_choice, choice_of_row),
         lambda x: padded(x)[row_of_choice].sum(1),
         [rows],
         dtype,
@@ -323,12 +324,12 @@ def test_saved_tensors_are_unpacked_once():
     weights = torch.rand(9, 2, device=DEVICE).requires_grad_()
 
     def run(x):
-        rows = kernels.gather_rows(x, choice_of_row, row_of_choice)
+        rows = row_kernels.gather_rows(x, choice_of_row, row_of_choice)
         rows = kernels.weighted_activation(rows, weights, choice_of_row, "silu", False)
         bias = torch.zeros(4, device=DEVICE)
         logits, _, index, stats = gate_kernels.route_pooled(x, bias, None, 4, 1, True, False, False, None, 1)
         losses = stats[0].square().sum() + router_kernels.route_sums(logits, index, None)[0].square().sum()
-        return kernels.combine_rows(rows, row_of_choice, choice_of_row).sum() + losses
+        return row_kernels.combine_rows(rows, row_of_choice, choice_of_row).sum() + losses
 
     x = torch.randn(9, 8, device=DEVICE).requires_grad_()
     expected = torch.autograd.grad(run(x), [x, weights])
@@ -338,8 +339,8 @@ def test_saved_tensors_are_unpacked_once():
 
 def test_no_tokens():
     none, no_choice = torch.empty(0, 8, device=DEVICE), torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
-    assert kernels.gather_rows(none, no_choice.flatten(), no_choice).shape == (0, 8)
-    assert kernels.combine_rows(none, no_choice, no_choice.flatten()).shape == (0, 8)
+    assert row_kernels.gather_rows(none, no_choice.flatten(), no_choice).shape == (0, 8)
+    assert row_kernels.combine_rows(none, no_choice, no_choice.flatten()).shape == (0, 8)
     assert gate_kernels.pool_affinity(none, 4, True).shape == (0, 4)
     assert not gate_kernels.route_pooled(none, none[0:0], None, 4, 2, True, False, False, None, 1)[3].any()
     assert not router_kernels.route_sums(none, no_choice, None).any()
