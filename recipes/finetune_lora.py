@@ -87,6 +87,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)
     tokenizer, train, validation, collator = prepare_data(args, data_args, training_args)
     model = add_adapters(load_model(args), lora_args)
+    if lora_args.merged_output_dir is not None and getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            f"`merged_output_dir` ({lora_args.merged_output_dir}) needs the whole model on one process, and it is spread over "
+            "ranks: leave it out, and merge the saved adapter on one process."
+        )
     metrics = train_and_report(model, tokenizer, train, validation, training_args, collator)
     if lora_args.merged_output_dir is not None and training_args.process_index == 0:
         model.merge_and_unload().save_pretrained(lora_args.merged_output_dir)

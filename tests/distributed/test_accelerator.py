@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, OlmoeConfig, TrainingArguments, set_seed
 
+from hf_locmoe.distributed.parallel_run import spread_every_model
 from hf_locmoe.training.accelerate_plugin import LocMoePlugin
 from hf_locmoe.training.accelerator import LocMoeAccelerator, is_spread
 from hf_locmoe.training.checkpoint import LocMoeTrainer
@@ -30,10 +31,12 @@ LOCMOE = dict(vocab_size=64, balance_bias_update_rate=0.02, locality_loss_coef=0
 TWO_NODES = {"LOCMOE_RANKS_PER_NODE": "1"}
 
 
-def prepared(layout="spread", config=None, tp_size=1, wrap=None, **options):
+def prepared(layout="spread", config=None, tp_size=1, wrap=None, plugin=None, **options):
     """Accelerator, model, optimizer and loader, as a script has them; on however many ranks this is called."""
-    world = int(os.environ.get("WORLD_SIZE", "1")) // tp_size
-    LocMoePlugin(layout=layout, tp_size=tp_size, slices="1").activate()
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    world = num_ranks // tp_size
+    LocMoePlugin(layout=layout, tp_size=tp_size, **{"slices": "1", **(plugin or {})}).activate()
+    spread_every_model()
     accelerator = LocMoeAccelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION, **options)
     set_seed(3)
     model = AutoModelForCausalLM.from_config(config or tiny_config(**LOCMOE))
@@ -41,7 +44,9 @@ def prepared(layout="spread", config=None, tp_size=1, wrap=None, **options):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     rows = [{"input_ids": row, "labels": row} for row in random_ids(BATCH * STEPS * ACCUMULATION, 10)]
-    return accelerator, *accelerator.prepare(model, optimizer, DataLoader(rows, BATCH // world))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, BATCH // world))
+    assert is_spread(model) == (num_ranks > 1)
+    return accelerator, model, optimizer, loader
 
 
 def train(save=None, resume=None, stop=STEPS, **settings):
@@ -176,7 +181,9 @@ def with_adapter(model):
     from peft import LoraConfig, get_peft_model
 
     set_seed(5)
-    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False))
+    experts = ["mlp.experts.up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], target_parameters=experts, r=2, init_lora_weights=False)
+    return get_peft_model(model, config)
 
 
 @pytest.mark.slow
@@ -187,8 +194,11 @@ def test_an_adapter(tmp_path):
     whole, resumed = run_ranks(train_all, 2, *runs, env=TWO_NODES)[0]
     assert_close(whole[0], alone[0], torch.float32)
     assert resumed[0] == whole[0][2:]
-    again = run_ranks(train_all, 1, dict(wrap=with_adapter, resume=f"{tmp_path}/step_2"))[0][0]
-    assert_close(again[0], alone[0][2:], torch.float32)
+    again = dict(wrap=with_adapter, resume=f"{tmp_path}/step_2")
+    assert_close(run_ranks(train_all, 1, again)[0][0][0], alone[0][2:], torch.float32)
+    others = dict(again, layout="replicated"), dict(again, layout="sharded", tp_size=2)
+    for resumed, _ in run_ranks(train_all, 4, *others, env={"LOCMOE_RANKS_PER_NODE": "2"})[0]:
+        assert_close(resumed, alone[0][2:], torch.float32)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

@@ -1,60 +1,140 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA of the attention on a model that is spread: the training of one process, in every layout, and PEFT's own format."""
+"""
+LoRA of attention and of experts on a model that is spread: the gradients, the training and the files of one process, in every
+layout.
+"""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-import torch.distributed as dist
-from transformers import AutoModelForCausalLM, set_seed
 
+from hf_locmoe.distributed.expert_move import move_experts, placements_of
 from hf_locmoe.distributed.layouts import LAYOUTS
-from tests.distributed.test_accelerator import LOCMOE, prepared, train
+from tests.distributed.adapter_runs import TARGETS, gradients_of_all, lora_config, whole, with_lora
+from tests.distributed.test_accelerator import prepared, train
 from tests.harness import run_ranks
-from tests.tiny_models import random_ids, tiny_config
 from tests.tolerances import assert_close
 
 
 peft = pytest.importorskip("peft", reason="needs peft")
 pytestmark = pytest.mark.multiprocess
 
-
-def with_adapter(model):
-    set_seed(5)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False))
+TWO_BY_TWO = {"LOCMOE_RANKS_PER_NODE": "2"}
+ONE_EACH = {"LOCMOE_RANKS_PER_NODE": "1"}
 
 
-def train_in(layouts):
-    return [train(wrap=with_adapter, layout=layout)[0] for layout in layouts]
+# ---- training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_every_layout_trains_as_one_process(world):
-    alone = run_ranks(train_in, 1, ["sharded"])[0][0]
-    runs = run_ranks(train_in, world, LAYOUTS, env={"LOCMOE_RANKS_PER_NODE": str(world // 2)})[0]
-    for steps in runs:
+def train_in(layouts, target):
+    return [train(wrap=functools.partial(with_lora, target=target), layout=layout) for layout in layouts]
+
+
+@pytest.mark.parametrize(
+    ("world", "target"),
+    [
+        (4, "both"),
+        pytest.param(2, "both", marks=pytest.mark.slow),
+        pytest.param(4, "attention", marks=pytest.mark.slow),
+        pytest.param(4, "experts", marks=pytest.mark.slow),
+    ],
+)
+def test_every_layout_trains_as_one_process(world, target):
+    [(alone, weights)] = run_ranks(train_in, 1, ["sharded"], target)[0]
+    runs = run_ranks(train_in, world, LAYOUTS, target, env={"LOCMOE_RANKS_PER_NODE": str(world // 2)})[0]
+    for steps, trained in runs:
         assert_close(steps, alone, torch.float32)
+        assert trained.keys() == {name for name in weights if "lora_" in name}
+        # Adam's first steps are the sign of the gradient, whatever its size: rounding shows in weights of no consequence
+        assert all((weight - weights[name]).abs().mean() < 1e-4 for name, weight in trained.items())
 
 
-def save_adapters(folder):
-    """Saved by PEFT itself, called on all ranks; the logits that belong to it."""
-    logits = []
-    for layout in LAYOUTS:
-        _, model, *_ = prepared(wrap=with_adapter, layout=layout)
-        model.save_pretrained(folder / layout, is_main_process=dist.get_rank() == 0)
-        with torch.no_grad():
-            logits.append(model.eval()(random_ids(2, 10)).logits)
-        dist.barrier()
-    return logits
+SLICED, ROOMY = dict(slices="2"), dict(slices="2", capacity_factor=8.0, max_tokens_per_rank=40)
+VARIANTS = [
+    dict(layout="spread", plugin=SLICED, checkpointing=False),
+    dict(layout="sharded", plugin=dict(ep_size=2)),  # copies of an expert that shard it among each other
+    dict(layout="replicated", tp_size=2),
+    dict(layout="spread", plugin=ROOMY, target="experts", checkpointing=False),
+]
+MORE_VARIANTS = [
+    *(dict(layout=layout, checkpointing=kind) for layout in LAYOUTS for kind in (False, True)),
+    *(dict(layout=layout, plugin=SLICED, target=target) for layout in LAYOUTS for target in TARGETS),
+    *(dict(layout=layout, plugin=dict(ep_size=2), target="experts") for layout in LAYOUTS),
+    *(dict(layout=layout, tp_size=2, target=target) for layout in LAYOUTS for target in TARGETS),
+    dict(layout="spread", tp_size=2, plugin=SLICED, checkpointing=False),
+    *(dict(layout=layout, plugin=ROOMY, checkpointing=kind) for layout in LAYOUTS for kind in (None, True)),
+]
 
 
-def test_one_process_loads_what_peft_saved(tmp_path):
-    for layout, logits in zip(LAYOUTS, run_ranks(save_adapters, 2, tmp_path, env={"LOCMOE_RANKS_PER_NODE": "1"})[0]):
-        files = {path.name for path in (tmp_path / layout).iterdir()}
-        assert files >= {"adapter_config.json", "adapter_model.safetensors"}
-        set_seed(3)
-        base = AutoModelForCausalLM.from_config(tiny_config(**LOCMOE))
-        model = peft.PeftModel.from_pretrained(base, tmp_path / layout).eval()
-        with torch.no_grad():
-            assert_close(model(random_ids(2, 10)).logits, logits, torch.float32)
+@pytest.mark.parametrize(
+    ("family", "variants"),
+    [
+        ("locmoe", VARIANTS),
+        *(
+            pytest.param(family, VARIANTS + MORE_VARIANTS, marks=pytest.mark.slow, id=f"{family}-all")
+            for family in ("locmoe", "gated", "olmoe", "mixtral", "qwen3_moe")
+        ),
+    ],
+)
+def test_gradients_are_those_of_one_process(family, variants):
+    runs = [dict(run, family=family) for run in variants]
+    targets = sorted({run.get("target", "both") for run in runs})
+    alone = run_ranks(gradients_of_all, 1, *(dict(family=family, target=target) for target in targets))[0]
+    truth = dict(zip(targets, alone))
+    for results in run_ranks(gradients_of_all, 4, *runs, env=TWO_BY_TWO, timeout_s=300):
+        for run, gradients in zip(runs, results):
+            expected = {
+                name.removeprefix("module."): value for name, value in truth[run.get("target", "both")].items()
+            }
+            assert gradients.keys() == expected.keys()
+            for name, gradient in gradients.items():
+                assert expected[name].any(), name
+                torch.testing.assert_close(
+                    gradient, expected[name], rtol=2e-5, atol=5e-6, msg=lambda text: f"{run} {name}: {text}"
+                )
+
+
+def first_values(folder=None):
+    """Of adapters as PEFT initialises them, with the random numbers that building the model has left."""
+    accelerator, model, *_ = prepared(
+        wrap=lambda model: peft.get_peft_model(model, lora_config(model, "both", init_lora_weights=True))
+    )
+    inner = accelerator.unwrap_model(model)
+    return {name: whole(value) for name, value in inner.named_parameters() if "lora_" in name}
+
+
+def test_adapters_begin_as_on_one_process():
+    alone = run_ranks(first_values, 1)[0]
+    for values in run_ranks(first_values, 2, env=ONE_EACH):
+        assert values.keys() == alone.keys()
+        assert all(torch.equal(value, alone[name]) for name, value in values.items())
+
+
+def train_while_experts_move(moves):
+    accelerator, model, optimizer, loader = prepared(wrap=with_lora, layout="spread")
+    draw, losses = torch.Generator().manual_seed(3), []
+    model.train()
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            losses.append(accelerator.gather(loss.detach()).mean().item())
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if moves and accelerator.sync_gradients:
+            tables = [
+                tuple(table[expert] for expert in torch.randperm(4, generator=draw).tolist())
+                for table in placements_of(model)
+            ]
+            move_experts(model, tables, optimizer)
+    return losses
+
+
+@pytest.mark.slow
+def test_adapted_experts_may_move():
+    stays = run_ranks(train_while_experts_move, 4, False, env=TWO_BY_TWO)[0]
+    moves = run_ranks(train_while_experts_move, 4, True, env=TWO_BY_TWO)[0]
+    assert_close(moves, stays, torch.float32)

@@ -179,13 +179,14 @@ def test_one_process_goes_on_and_back_to_two(on_two_ranks, tmp_path):
 
 
 def train_adapter(base, output_dir, resume=None):
-    """LoRA of attention alone: every parameter decays, so that a parameter group is empty."""
+    """LoRA of attention and experts: every parameter decays, so that a parameter group is empty."""
     from peft import LoraConfig, get_peft_model
 
     def adapted(_):
         model = AutoModelForCausalLM.from_pretrained(base)
         set_seed(5)
-        return get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+        experts = ["mlp.experts.up_proj", "mlp.experts.down_proj"]
+        return get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], target_parameters=experts, r=2))
 
     losses = Losses()
     trainer = make_trainer(output_dir, callbacks=[losses], wrap=adapted, **LONGER)

@@ -6,6 +6,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_locmoe import LocMoeForCausalLM
+from hf_locmoe.distributed.adapters import fit_adapters_to_spread_models
 from hf_locmoe.moe.routing import RouterStat
 from tests.tiny_models import random_ids, tiny_model
 from tests.tolerances import assert_close
@@ -111,6 +112,24 @@ class TestLora:
         settings = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
         generated = model.generate(input_ids=ids, **settings)
         assert torch.equal(generated, model.merge_and_unload().generate(ids, **settings))
+
+
+def test_what_is_replaced_in_peft_for_spread_models_is_there():
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
+
+    fit_adapters_to_spread_models()
+    fit_adapters_to_spread_models()  # once is enough
+    for owner, name in (
+        (LoraLayer, "_get_in_out_features"),
+        (ParamWrapper, "_activate_lora"),
+        (peft.PeftModel, "save_pretrained"),
+        (BaseTuner, "_check_merge_allowed"),
+    ):
+        replaced = owner.__dict__[name]
+        assert replaced._knows_spread_models
+        assert not hasattr(replaced.__wrapped__, "_knows_spread_models")
+    assert callable(ParamWrapper.get_delta_factors)
 
 
 def test_all_linear_leaves_the_router_alone():

@@ -84,6 +84,7 @@ class Peers:
         self.expert_to_rank = table([*topology.expert_to_rank, self.num_ranks])
         local = {expert: index for index, expert in enumerate(topology.experts_of_rank(rank))}
         self.expert_to_local = table(local.get(expert, len(local)) for expert in range(self.num_experts + 1))
+        self.local_experts = table(local).long()
         same_node = topology.same_node(rank)
         self.same_node = table(same_node)
         # Fan-out "node": own-node ranks are a destination each, another node is one destination.

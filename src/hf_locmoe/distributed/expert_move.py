@@ -59,8 +59,6 @@ def reason_not_to_move(model: nn.Module, optimizer: Any = None) -> str | None:
                     return (
                         f"the optimizer's `{key}` of the experts is not stored as one row for each expert of a rank."
                     )
-    if any("lora_" in name and ".experts." in name for name, _ in model.named_parameters()):
-        return "the experts have adapters."
     return None
 
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .adapters import ExpertAdapters
 from .backend import PLAN_VARIABLE
 from .dispatch import Capacity, FanOut, Peers, plan_dispatch
 from .exchange_clock import ExchangeClock
@@ -253,6 +254,7 @@ class LocMoeEP(EPImplementation):
             topology, resources.rank, resources.group, resources.node_group, device, label, resources.clock
         )
         experts.locmoe_expert_parallel = self
+        self.adapters = ExpertAdapters(experts, tp_mesh.size())
         self.newest_routes: torch.Tensor | None = None  # (T, k) experts of the newest training forward
         self._slices: int | None = None  # what "auto" came to
         self._choices: tuple[FanOut, int] | None = None
@@ -291,7 +293,8 @@ class LocMoeEP(EPImplementation):
         # Without fixed shapes there are sizes to read back, so nothing to compile: one clean break of the graph.
         has_fixed_shapes = self.experts.training and self.options.capacity_factor is not None
         exchange = self._exchange if has_fixed_shapes else self._exchange_in_eager
-        output = exchange(hidden_states, top_k_index, top_k_weights)
+        with self.adapters.applied(self.peers.local_experts):
+            output = exchange(hidden_states, top_k_index, top_k_weights)
         if self.tp_mesh.size() > 1:
             output = DTensor.from_local(
                 output.contiguous(),

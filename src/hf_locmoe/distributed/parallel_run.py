@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
-from .adapter_shapes import fit_adapters_to_replicas
+from .adapters import fit_adapters_to_spread_models
 from .expert_parallel import (
     ExpertParallelOptions,
     expert_parallel_layers,
@@ -316,7 +316,8 @@ def model_size(model_class: type, config: Any) -> ModelSize:
 
 def join_run(model: Any) -> None:
     """What a sharded model has to know of the run: whose router statistics it shares, and which experts are near."""
-    fit_adapters_to_replicas()
+    fit_adapters_to_spread_models()
+    leave_experts_out_of_tensor_parallelism(model)
     base_model = model.base_model
     if not hasattr(base_model, "router_scope"):
         return
@@ -330,6 +331,16 @@ def join_run(model: Any) -> None:
         model.limit_inter_node(near, factor)
     elif dist.get_rank() == 0:
         logger.warning(f"`inter_node_capacity_factor` ({factor}) has no effect: no experts are on other nodes.")
+
+
+def leave_experts_out_of_tensor_parallelism(model: Any) -> None:
+    """
+    Drops the rules that expert parallelism has taken the place of from the model's tensor-parallel plan, which transformers
+    leaves as the architecture has it and PEFT goes by.
+    """
+    if model.config.distributed_config.ep_size > 1:
+        overruled = tuple(f"{name}." for name in model.ep_plan)
+        model.tp_plan = {name: style for name, style in model.tp_plan.items() if not f"{name}.".startswith(overruled)}
 
 
 def find_node_local_experts(model: Any) -> torch.Tensor | None:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,6 +41,7 @@ from .checkpoint_state import (
     read_packed,
     router_state,
 )
+from .replicas import keep_replicas_equal
 
 
 class LocMoeAccelerator(Accelerator):
@@ -73,24 +73,8 @@ class LocMoeAccelerator(Accelerator):
         # autocast and torch.compile, but no DDP around what reduces its own gradients
         prepared = super().prepare_model(model, device_placement=False, evaluation_mode=True)
         if not evaluation_mode:
-            self._average_replicated(prepared)
+            keep_replicas_equal(self.unwrap_model(prepared), lambda: self.sync_gradients)
         return prepared
-
-    def _average_replicated(self, model: torch.nn.Module) -> None:
-        """Keeps trained parameters that are in no shard, such as an adapter's, the same on all ranks."""
-
-        def average(parameter: torch.Tensor) -> None:
-            if self.sync_gradients:  # once, over what the micro-batches before have added up
-                dist.all_reduce(parameter.grad, op=dist.ReduceOp.SUM)
-                parameter.grad.div_(dist.get_world_size())
-
-        for parameter in model.parameters():
-            if parameter.requires_grad and not isinstance(parameter.data, DTensor):
-                with torch.no_grad():
-                    dist.broadcast(parameter.data, src=0)
-                if not getattr(parameter, "_is_averaged", False):
-                    parameter.register_post_accumulate_grad_hook(average)
-                    parameter._is_averaged = True  # type: ignore[attr-defined]
 
     def _prepare_device_mesh(self):
         """Ranks of a tensor-parallel group read the same batches."""

@@ -63,6 +63,7 @@ from .checkpoint_state import (
     read_packed,
     router_state,
 )
+from .replicas import keep_replicas_equal
 from .router_losses import add_router_losses, labels_for_smoothing
 
 
@@ -135,6 +136,10 @@ class LocMoeTrainer(Trainer):
                 "`average_tokens_across_devices` to True, or `batch_placement` to 'off'."
             )
         return False
+
+    def _sync_replicated_trainable_parameters(self, model):
+        # upstream leaves out what PEFT shards for tensor parallelism
+        keep_replicas_equal(self.accelerator.unwrap_model(model), lambda: self.accelerator.sync_gradients)
 
     # ---- the loss ----------------------------------------------------------------------------------------------
 

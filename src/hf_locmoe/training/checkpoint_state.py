@@ -29,6 +29,7 @@ from transformers.distributed.checkpoint import _redistribute_state_dict, load_o
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..distributed.adapters import adapter_weights
 from ..distributed.expert_move import canonical_experts
 from ..distributed.parallel_run import current_parallel_run, set_parallel_run
 from ..pretrained_io import CheckpointError
@@ -54,15 +55,7 @@ def gathered_weights(model: Any, on_this_rank: bool) -> dict[str, torch.Tensor]:
         with canonical_experts(model):
             state_dict = model.state_dict()
             return model.gather_sharded_state_dict_for_save(model, state_dict, config, save_on_this_rank=on_this_rank)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    prefix = getattr(model.base_model, "prefix", "\0")  # "lora_": an adapter that rests is saved as well
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if name in trained or prefix in name:
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if on_this_rank:
-                weights[name] = whole.cpu()
-    return weights
+    return adapter_weights(model, on_this_rank)
 
 
 def detached_from(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -103,10 +96,7 @@ def load_weights(model: Any, folder: str | Path) -> None:
     if isinstance(model, PreTrainedModel):
         targets = _by_all_names(model)
     else:
-        from peft import get_peft_model_state_dict
-
-        live = model.state_dict()
-        targets = {(name,): tensor for name, tensor in get_peft_model_state_dict(model, state_dict=live).items()}
+        targets = {(name,): tensor for name, tensor in _by_adapter_names(model).items()}
     files = _files_of_weights(Path(folder))
     places = {names: next((name for name in names if name in files), None) for names in targets}
     missing = sorted(names[0] for names, name in places.items() if name is None)
@@ -147,6 +137,17 @@ def _by_all_names(model: nn.Module) -> dict[tuple[str, ...], torch.Tensor]:
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     return {tuple(names[key]): tensor for key, tensor in tensors.items()}
+
+
+def _by_adapter_names(model: Any) -> dict[str, torch.Tensor]:
+    """An adapter's own tensors, not copies, by their names in its file."""
+    from peft import get_peft_model_state_dict
+
+    live = list(model.state_dict().items())
+    # PEFT copies what it is given, on a spread model gathered and to the CPU: it is given numbers
+    places = {name: torch.tensor(place) for place, (name, _) in enumerate(live)}
+    stored = get_peft_model_state_dict(model, state_dict=places)
+    return {name: live[int(place)][1] for name, place in stored.items()}
 
 
 def _files_of_weights(folder: Path) -> dict[str, Path]:

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models with LoRA on a run's ranks, for the tests of adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig, set_seed
+
+from tests.distributed.test_accelerator import LOCMOE, prepared
+from tests.tiny_models import TINY_SHAPE, tiny_config
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = ("attention", "experts", "both")
+
+
+def base_config(family: str) -> Any:
+    """Of a tiny model with four experts, whose training one process and several have in common."""
+    if family == "locmoe":
+        return tiny_config(**LOCMOE)
+    if family == "gated":
+        return tiny_config(**LOCMOE, gated_mlp=True, hidden_act="silu")
+    shape = {**TINY_SHAPE, "vocab_size": 64, "num_experts_per_tok": 2}
+    if family == "mixtral":
+        return MixtralConfig(**shape, num_local_experts=4)
+    return OlmoeConfig(**shape) if family == "olmoe" else Qwen3MoeConfig(**shape, head_dim=8)
+
+
+def expert_parameters(model: Any) -> list[str]:
+    """As `target_parameters` wants them: `mlp.experts.down_proj` and what else the experts have."""
+    return sorted({".".join(name.split(".")[-3:]) for name, _ in model.named_parameters() if ".mlp.experts." in name})
+
+
+def lora_config(model: Any, target: str, **settings: Any) -> Any:
+    import peft
+
+    return peft.LoraConfig(
+        target_modules=[] if target == "experts" else list(ATTENTION),
+        target_parameters=None if target == "attention" else expert_parameters(model),
+        **{"r": 2, "lora_alpha": 8, "init_lora_weights": False, **settings},
+    )
+
+
+def with_lora(model: Any, target: str = "both", **settings: Any) -> Any:
+    """`model` with adapters that change what it computes from the start."""
+    import peft
+
+    set_seed(5)
+    return peft.get_peft_model(model, lora_config(model, target, **settings))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def adapter_gradients(family="locmoe", target="both", checkpointing=None, **settings) -> dict[str, torch.Tensor]:
+    """
+    What the first optimizer step of two micro-batches would take: the gradient of every A and B. `checkpointing` is its
+    `use_reentrant`, none if not given; the rest is for `prepared`.
+    """
+    config = base_config(family)
+    accelerator, model, _, loader = prepared(config=config, wrap=lambda base: with_lora(base, target), **settings)
+    inner = accelerator.unwrap_model(model)
+    inner.train()
+    if checkpointing is not None:
+        inner.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        if checkpointing:
+            inner.enable_input_require_grads()
+        assert inner.is_gradient_checkpointing
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+        if accelerator.sync_gradients:
+            break
+    return {name: whole(value.grad) for name, value in inner.named_parameters() if value.requires_grad}
+
+
+def gradients_of_all(*runs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    return [adapter_gradients(**run) for run in runs]
