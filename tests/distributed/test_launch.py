@@ -41,6 +41,15 @@ if args.process_index == 0:
     json.dump({"log": log, "eval_loss": metrics["eval_loss"]}, open(os.path.join(args.output_dir, "result.json"), "w"))
 """
 
+# LoRA of attention and experts, in the midst of it
+ADAPTED = SCRIPT.replace(
+    "trainer = Trainer",
+    """from peft import LoraConfig, get_peft_model
+experts = sorted({name.split("layers.0.")[1] for name, _ in model.named_parameters() if "layers.0.mlp.experts." in name})
+model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj"], target_parameters=experts, r=2))
+trainer = Trainer""",
+)
+
 # on one node the locality loss is zero, on two it is not: off, to compare
 COMPARABLE = {"LOCMOE_LOCALITY_LOSS_COEF": "0", "LOCMOE_RANKS_PER_NODE": "1", "LOCMOE_LAYOUT": "spread"}
 
@@ -147,7 +156,8 @@ def run(
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((output / "result.json").read_text()) | {"weights": load_file(output / "model.safetensors")}
+    [weights] = output.glob("*model.safetensors")
+    return json.loads((output / "result.json").read_text()) | {"weights": load_file(weights)}
 
 
 @pytest.mark.multiprocess
@@ -163,6 +173,18 @@ def test_two_nodes_train_as_one_process(tmp_path, kind, source):
     write_model(tmp_path / "model", kind)
     alone = run(tmp_path, 1, tmp_path / "model", source, batch=4, **COMPARABLE)
     spread = run(tmp_path, 2, tmp_path / "model", source, batch=2, **COMPARABLE)
+    same_training(spread, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("kind", ["locmoe", "olmoe"])
+def test_adapters_train_as_on_one_process(tmp_path, kind):
+    write_model(tmp_path / "model", kind)
+    alone = run(tmp_path, 1, tmp_path / "model", "checkpoint", batch=4, code=ADAPTED, **COMPARABLE)
+    spread = run(tmp_path, 2, tmp_path / "model", "checkpoint", batch=2, code=ADAPTED, **COMPARABLE)
+    assert {name.rpartition("lora_")[2] for name in alone["weights"]} == {"A.weight", "B.weight"}
+    assert any(".experts." in name for name in alone["weights"])
     same_training(spread, alone)
 
 
