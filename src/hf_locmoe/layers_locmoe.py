@@ -83,7 +83,8 @@ class LocMoeSparseMoeBlock(nn.Module):
         )
         index, dropped, rerouted = wanted, None, None
         self.experts.expert_capacity, self.experts.assignments_are_limited = capacity, True
-        if drops and limits_assignments(self.experts):
+        limits_itself = limits_assignments(self.experts)
+        if drops and limits_itself:
             self.experts.assignments_are_limited = False
             if token_mask is not None:  # padding takes no room
                 index = index.masked_fill(~token_mask.unsqueeze(-1), self.gate.num_experts)
@@ -114,7 +115,9 @@ class LocMoeSparseMoeBlock(nn.Module):
                 with torch.no_grad():
                     counted = tokens.float() if token_mask is None else tokens.float() * token_mask.unsqueeze(-1)
                     statistics = (*statistics, counted.sum(dim=0))
-        output = self.experts(tokens, index, weights.to(tokens.dtype))
+        if not limits_itself:  # the kernels of "capacity_bmm" take weights as they are
+            weights = weights.to(tokens.dtype)
+        output = self.experts(tokens, index, weights)
         if self.shared_experts is not None:
             output = output + self.shared_experts(tokens)
         return output.view_as(hidden_states), *statistics

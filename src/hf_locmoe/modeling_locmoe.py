@@ -271,6 +271,9 @@ class LocMoeModel(LocMoePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         shape = inputs_embeds.shape[:2]
+        # positions of the caller's may belong to packed sequences, which transformers finds out by asking the device; those
+        # made here do not, and without them it neither waits nor, while compiling, writes a mask out
+        positions_for_mask = position_ids
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(shape[1], device=inputs_embeds.device) + past_seen_tokens
@@ -282,7 +285,7 @@ class LocMoeModel(LocMoePreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=positions_for_mask,
         )
         if output_router_stats is None:
             output_router_stats = self.config.output_router_stats

@@ -168,6 +168,26 @@ def test_gate_agrees_with_plain_torch_and_never_waits(hidden_size, num_experts, 
     assert_close_by_scale(actual[-1:], expected[-1:], torch.bfloat16)
 
 
+@pytest.mark.parametrize("factor", [None, 0.8, 1.25])
+def test_a_training_step_never_waits(factor):
+    limited = {} if factor is None else dict(capacity_mode="factor", expert_capacity_factor=factor)
+    model = tiny_model(gated_mlp=True, hidden_act="silu", num_experts_per_tok=2, **limited).cuda().bfloat16().train()
+    model.set_experts_implementation("capacity_bmm")
+    ids = random_ids().cuda()
+
+    def step():
+        outputs = model(ids, labels=ids, use_cache=False)
+        outputs.loss.backward()
+        model.update_router_state(outputs.router_stats)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "capacity, dtype",

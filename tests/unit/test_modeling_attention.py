@@ -18,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    masking_utils,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -30,6 +31,23 @@ class TestBackends:
         model = tiny_model(head_dim=16, sliding_window=settings.pop("sliding_window", None))
         model.set_attn_implementation(implementation)
         return model(random_ids(2, 12), **settings).logits
+
+    def test_positions_made_here_are_not_searched_for_packed_sequences(self, monkeypatch):
+        """That search makes a GPU's host wait; a caller's positions still separate sequences."""
+        found = []
+        search = masking_utils.find_packed_sequence_indices
+        monkeypatch.setattr(
+            masking_utils, "find_packed_sequence_indices", lambda positions: found.append(1) or search(positions)
+        )
+        ids = random_ids(1, 12)
+        model = tiny_model()
+        whole = model(ids, use_cache=False).logits
+        assert not found
+        assert_close(model(ids, position_ids=torch.arange(12)[None], use_cache=False).logits, whole)
+        packed = model(ids, position_ids=torch.cat([torch.arange(5), torch.arange(7)])[None], use_cache=False).logits
+        assert len(found) == 2
+        assert_close(packed[:, :5], whole[:, :5])
+        assert_close(packed[:, 5:], model(ids[:, 5:]).logits)
 
     @pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("sliding_window", [None, 4])

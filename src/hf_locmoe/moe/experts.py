@@ -226,6 +226,7 @@ def capacity_bmm_experts_forward(
     dtype = _compute_dtype(self, hidden_states)
     if _can_fuse(self, hidden_states, dtype):
         return _fused_forward(self, hidden_states, top_k_index, top_k_weights, capacity, dtype, num_choices)
+    top_k_weights = top_k_weights.to(hidden_states.dtype)
     if capacity is None:
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     if self.has_bias or self.is_transposed or self.has_post_expert_norm:
