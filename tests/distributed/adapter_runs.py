@@ -17,15 +17,15 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = ("attention", "experts", "both")
 
 
-def base_config(family: str) -> Any:
-    """Of a tiny model with four experts, whose training one process and several have in common."""
+def base_config(family: str, num_experts: int = 4) -> Any:
+    """Of a tiny model whose training one process and several have in common."""
     if family == "locmoe":
-        return tiny_config(**LOCMOE)
+        return tiny_config(**LOCMOE, num_experts=num_experts)
     if family == "gated":
-        return tiny_config(**LOCMOE, gated_mlp=True, hidden_act="silu")
-    shape = {**TINY_SHAPE, "vocab_size": 64, "num_experts_per_tok": 2}
+        return tiny_config(**LOCMOE, num_experts=num_experts, gated_mlp=True, hidden_act="silu")
+    shape = {**TINY_SHAPE, "vocab_size": 64, "num_experts_per_tok": 2, "num_experts": num_experts}
     if family == "mixtral":
-        return MixtralConfig(**shape, num_local_experts=4)
+        return MixtralConfig(**shape, num_local_experts=num_experts)
     return OlmoeConfig(**shape) if family == "olmoe" else Qwen3MoeConfig(**shape, head_dim=8)
 
 
@@ -56,12 +56,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def adapter_gradients(family="locmoe", target="both", checkpointing=None, **settings) -> dict[str, torch.Tensor]:
+def adapter_gradients(
+    family="locmoe", target="both", checkpointing=None, num_experts=4, **settings
+) -> dict[str, torch.Tensor]:
     """
     What the first optimizer step of two micro-batches would take: the gradient of every A and B. `checkpointing` is its
     `use_reentrant`, none if not given; the rest is for `prepared`.
     """
-    config = base_config(family)
+    config = base_config(family, num_experts)
     accelerator, model, _, loader = prepared(config=config, wrap=lambda base: with_lora(base, target), **settings)
     inner = accelerator.unwrap_model(model)
     inner.train()

@@ -31,7 +31,7 @@ LOCMOE = dict(vocab_size=64, balance_bias_update_rate=0.02, locality_loss_coef=0
 TWO_NODES = {"LOCMOE_RANKS_PER_NODE": "1"}
 
 
-def prepared(layout="spread", config=None, tp_size=1, wrap=None, plugin=None, **options):
+def prepared(layout="spread", config=None, tp_size=1, wrap=None, plugin=None, batch=BATCH, **options):
     """Accelerator, model, optimizer and loader, as a script has them; on however many ranks this is called."""
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     world = num_ranks // tp_size
@@ -43,8 +43,8 @@ def prepared(layout="spread", config=None, tp_size=1, wrap=None, plugin=None, **
     model = wrap(model) if wrap else model
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-    rows = [{"input_ids": row, "labels": row} for row in random_ids(BATCH * STEPS * ACCUMULATION, 10)]
-    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, BATCH // world))
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(batch * STEPS * ACCUMULATION, 10)]
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, batch // world))
     assert is_spread(model) == (num_ranks > 1)
     return accelerator, model, optimizer, loader
 

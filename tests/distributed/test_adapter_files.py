@@ -116,8 +116,8 @@ def test_a_spread_model_goes_on_with_the_adapter_of_one_process(tmp_path):
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-def refused(plugin, merge):
-    accelerator, model, _, loader = prepared(wrap=with_lora, plugin=plugin)
+def refused(settings, merge):
+    accelerator, model, _, loader = prepared(wrap=with_lora, **settings)
     inner = accelerator.unwrap_model(model)
     if merge:
         inner.merge_and_unload()
@@ -125,16 +125,23 @@ def refused(plugin, merge):
 
 
 @pytest.mark.parametrize(
-    ("plugin", "merge", "message"),
+    ("settings", "merge", "message"),
     [
         (
-            dict(ep_implementation="all_to_all"),
+            dict(plugin=dict(ep_implementation="all_to_all")),
             False,
-            r"`target_parameters` \(down_proj\).*`ep_implementation` \"locmoe\"",
+            r"`target_parameters` \(down_proj\).* expert parallelism",
         ),
-        (None, True, r"An adapter cannot be merged into a model that is spread over ranks"),
+        pytest.param(
+            dict(plugin=dict(ep_size=1), tp_size=2),
+            False,
+            r"`target_parameters` \(down_proj\).*`ep_size` above 1",
+            marks=pytest.mark.slow,
+        ),
+        ({}, True, r"An adapter cannot be merged into a model that is spread over ranks"),
     ],
+    ids=["another implementation", "experts in shards", "merging"],
 )
-def test_what_is_refused(plugin, merge, message):
+def test_what_is_refused(settings, merge, message):
     with pytest.raises(RankError, match=message):
-        run_ranks(refused, 2, plugin, merge, env=ONE_EACH)
+        run_ranks(refused, 2, settings, merge, env={"LOCMOE_RANKS_PER_NODE": "2"})

@@ -80,24 +80,38 @@ MORE_VARIANTS = [
     ],
 )
 def test_gradients_are_those_of_one_process(family, variants):
-    runs = [dict(run, family=family) for run in variants]
+    compare_gradients(4, [dict(run, family=family) for run in variants])
+
+
+@pytest.mark.slow
+@pytest.mark.many_ranks
+@pytest.mark.parametrize("ranks_per_node", ["4", "2"])
+def test_gradients_on_eight_ranks(ranks_per_node):
+    """Copies of an expert on every node, shards of one within a node and over nodes, and eight ranks with one expert each."""
+    choices = dict(), dict(plugin=dict(ep_size=2)), dict(tp_size=2), dict(plugin=SLICED, checkpointing=False)
+    runs = [dict(layout=layout, **choice) for layout in LAYOUTS for choice in choices]
+    compare_gradients(8, runs, ranks_per_node, num_experts=8, batch=8)
+
+
+def compare_gradients(world, runs, ranks_per_node="2", **common):
+    runs = [dict(run, **common) for run in runs]
+    family = runs[0].get("family", "locmoe")
     targets = sorted({run.get("target", "both") for run in runs})
-    alone = run_ranks(gradients_of_all, 1, *(dict(family=family, target=target) for target in targets))[0]
+    alone = run_ranks(gradients_of_all, 1, *(dict(common, family=family, target=target) for target in targets))[0]
     truth = dict(zip(targets, alone))
-    for results in run_ranks(gradients_of_all, 4, *runs, env=TWO_BY_TWO, timeout_s=300):
-        for run, gradients in zip(runs, results):
-            expected = {
-                name.removeprefix("module."): value for name, value in truth[run.get("target", "both")].items()
-            }
+    env = {"LOCMOE_RANKS_PER_NODE": ranks_per_node}
+    for results in run_ranks(gradients_of_all, world, *runs, env=env, timeout_s=300):
+        for run, gradients in zip(runs, results, strict=True):
+            expected = truth[run.get("target", "both")]
             assert gradients.keys() == expected.keys()
-            for name, gradient in gradients.items():
-                assert expected[name].any(), name
-                torch.testing.assert_close(
-                    gradient, expected[name], rtol=2e-5, atol=5e-6, msg=lambda text: f"{run} {name}: {text}"
-                )
+            assert all(gradient.any() for gradient in expected.values())
+            try:
+                assert_close(gradients, expected)
+            except AssertionError as error:
+                raise AssertionError(f"{run}: {error}") from error
 
 
-def first_values(folder=None):
+def first_values():
     """Of adapters as PEFT initialises them, with the random numbers that building the model has left."""
     accelerator, model, *_ = prepared(
         wrap=lambda model: peft.get_peft_model(model, lora_config(model, "both", init_lora_weights=True))

@@ -117,6 +117,17 @@ def test_lora_mistakes(checkpoint, text_dir, tmp_path, settings, message):
         finetune_lora.main(command(checkpoint, text_dir, tmp_path, **settings))
 
 
+def test_a_spread_model_is_not_merged(checkpoint, text_dir, tmp_path, monkeypatch):
+    def spread_model(args):
+        model = finetune.load_model(args)
+        model._is_distributed_loading_by_transformers = True
+        return model
+
+    monkeypatch.setattr(finetune_lora, "load_model", spread_model)
+    with pytest.raises(ValueError, match=r"`merged_output_dir` \(.*\) needs the whole model on one process"):
+        finetune_lora.main(command(checkpoint, text_dir, tmp_path, merged_output_dir=tmp_path / "merged"))
+
+
 def test_lora_on_experts_needs_experts():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"`lora_experts` \(True\) needs a model with experts"):

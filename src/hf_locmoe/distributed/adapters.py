@@ -162,8 +162,9 @@ def _added_inside_expert_parallelism(original):
         if layer is None or parameter.dim() != 3 or not hasattr(self, "get_delta_factors"):
             raise ValueError(
                 f"`target_parameters` ({self.parameter_name}) names a parameter of {parameter.dim()} dimensions that is "
-                "spread over ranks: LoRA on it needs weights of three dimensions, one matrix for each expert, "
-                '`ep_implementation` "locmoe" and PEFT 0.21 or later: leave it out, or train the adapter on one process.'
+                "spread over ranks: LoRA on it needs expert parallelism (`ep_size` above 1, `ep_implementation` "
+                '"locmoe"), weights of three dimensions, one matrix for each expert, and PEFT 0.21 or later. Leave it out, '
+                "or train the adapter on one process."
             )
         return layer.adapters.added(self.parameter_name, [self.get_delta_factors(name) for name in adapters])
 

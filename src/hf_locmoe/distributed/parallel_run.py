@@ -317,7 +317,7 @@ def model_size(model_class: type, config: Any) -> ModelSize:
 def join_run(model: Any) -> None:
     """What a sharded model has to know of the run: whose router statistics it shares, and which experts are near."""
     fit_adapters_to_spread_models()
-    leave_experts_out_of_tensor_parallelism(model)
+    leave_experts_out_of_tensor_parallel_plan(model)
     base_model = model.base_model
     if not hasattr(base_model, "router_scope"):
         return
@@ -333,14 +333,13 @@ def join_run(model: Any) -> None:
         logger.warning(f"`inter_node_capacity_factor` ({factor}) has no effect: no experts are on other nodes.")
 
 
-def leave_experts_out_of_tensor_parallelism(model: Any) -> None:
+def leave_experts_out_of_tensor_parallel_plan(model: Any) -> None:
     """
-    Drops the rules that expert parallelism has taken the place of from the model's tensor-parallel plan, which transformers
-    leaves as the architecture has it and PEFT goes by.
+    Drops the experts' rules from the plan of a model that is sharded already. Transformers leaves them there where expert
+    parallelism has taken their place, and PEFT shards adapters by them, which it can do for linear layers alone.
     """
-    if model.config.distributed_config.ep_size > 1:
-        overruled = tuple(f"{name}." for name in model.ep_plan)
-        model.tp_plan = {name: style for name, style in model.tp_plan.items() if not f"{name}.".startswith(overruled)}
+    experts = tuple(f"{name}." for name in model.ep_plan)
+    model.tp_plan = {name: style for name, style in model.tp_plan.items() if not f"{name}.".startswith(experts)}
 
 
 def find_node_local_experts(model: Any) -> torch.Tensor | None:
