@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_locmoe import LocMoeConfig
 from .moe.baseline_gates import HashGate, SwitchGate
-from .moe.experts import LocMoeExperts, LocMoeGatedExperts, limits_assignments
+from .moe.experts import LocMoeExperts, LocMoeGatedExperts, limits_assignments, without_adapters
 from .moe.gate import LocMoeGate
 from .moe.overflow import CapacityRule, RemoteTier, limit_to_capacity
 from .moe.routing import Router, router_statistics
@@ -82,10 +82,11 @@ class LocMoeSparseMoeBlock(nn.Module):
             tokens, input_ids, domain_ids, token_mask, output_router_stats, drops_over
         )
         index, dropped, rerouted = wanted, None, None
-        self.experts.expert_capacity, self.experts.assignments_are_limited = capacity, True
-        limits_itself = limits_assignments(self.experts)
+        experts = without_adapters(self.experts)
+        experts.expert_capacity, experts.assignments_are_limited = capacity, True
+        limits_itself = limits_assignments(experts)
         if drops and limits_itself:
-            self.experts.assignments_are_limited = False
+            experts.assignments_are_limited = False
             if token_mask is not None:  # padding takes no room
                 index = index.masked_fill(~token_mask.unsqueeze(-1), self.gate.num_experts)
         elif capacity is not None or remote_tier is not None:

@@ -152,6 +152,17 @@ def test_router_state_moves_under_lora(tmp_path):
         assert block.gate.hidden_mean_updates == 2
 
 
+@pytest.mark.parametrize("target", ["experts", "attention"])
+def test_a_capacity_holds_whichever_implementation_runs_the_experts(target):
+    ids, losses = random_ids(4, 10), []
+    for implementation in ("eager", "capacity_bmm"):
+        base = tiny_model(capacity_mode="factor", expert_capacity_factor=0.5)
+        base.set_experts_implementation(implementation)
+        model = with_lora(target, base)
+        losses.append(train(model))
+    assert_close(losses[1], losses[0])
+
+
 def test_statistics_are_those_of_the_base_model():
     ids = random_ids()
     model, plain = with_lora("both").train(), base_model("both").train()

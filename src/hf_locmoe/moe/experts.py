@@ -84,6 +84,13 @@ class LocMoeGatedExperts(nn.Module):
         )
 
 
+def without_adapters(experts: nn.Module) -> nn.Module:
+    """The experts inside of what PEFT wraps around them, one wrapper for each parameter with LoRA."""
+    while hasattr(experts, "base_layer"):
+        experts = experts.base_layer
+    return experts
+
+
 def limits_assignments(experts: nn.Module) -> bool:
     """Whether these experts keep to `expert_capacity` by themselves, dropping what is over it."""
     return experts.config._experts_implementation == "capacity_bmm" and not getattr(
@@ -350,4 +357,10 @@ def _with_zero_row(rows: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, 1))
 
 
-__all__ = ["LocMoeExperts", "LocMoeGatedExperts", "capacity_bmm_experts_forward", "limits_assignments"]
+__all__ = [
+    "LocMoeExperts",
+    "LocMoeGatedExperts",
+    "capacity_bmm_experts_forward",
+    "limits_assignments",
+    "without_adapters",
+]
