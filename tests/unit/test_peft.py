@@ -154,7 +154,7 @@ def test_router_state_moves_under_lora(tmp_path):
 
 @pytest.mark.parametrize("target", ["experts", "attention"])
 def test_a_capacity_holds_whichever_implementation_runs_the_experts(target):
-    ids, losses = random_ids(4, 10), []
+    losses = []
     for implementation in ("eager", "capacity_bmm"):
         base = tiny_model(capacity_mode="factor", expert_capacity_factor=0.5)
         base.set_experts_implementation(implementation)
