@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig, set_seed
 
 from tests.distributed.test_accelerator import LOCMOE, prepared
+from tests.harness import run_ranks
 from tests.tiny_models import TINY_SHAPE, tiny_config
+from tests.tolerances import assert_close
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -77,8 +79,29 @@ def adapter_gradients(
             accelerator.backward(model(**batch).loss)
         if accelerator.sync_gradients:
             break
-    return {name: whole(value.grad) for name, value in inner.named_parameters() if value.requires_grad}
+    return {name: whole(value.grad).cpu() for name, value in inner.named_parameters() if value.requires_grad}
 
 
 def gradients_of_all(*runs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     return [adapter_gradients(**run) for run in runs]
+
+
+def compare_gradients(
+    world: int, runs: list[dict[str, Any]], ranks_per_node: str = "2", device: str = "cpu", **common: Any
+) -> None:
+    """Of the same family, each on so many ranks and, without its layout, on one process."""
+    runs = [{"cpu": device == "cpu", **run, **common} for run in runs]
+    alone = {"cpu": device == "cpu", "family": runs[0].get("family", "locmoe"), **common}
+    targets = sorted({run.get("target", "both") for run in runs})
+    truths = run_ranks(gradients_of_all, 1, *({**alone, "target": target} for target in targets), device=device)[0]
+    truth = dict(zip(targets, truths, strict=True))
+    env = {"LOCMOE_RANKS_PER_NODE": ranks_per_node}
+    for results in run_ranks(gradients_of_all, world, *runs, env=env, device=device, timeout_s=300):
+        for run, gradients in zip(runs, results, strict=True):
+            expected = truth[run.get("target", "both")]
+            assert gradients.keys() == expected.keys()
+            assert all(gradient.any() for gradient in expected.values())
+            try:
+                assert_close(gradients, expected)
+            except AssertionError as error:
+                raise AssertionError(f"{run}: {error}") from error

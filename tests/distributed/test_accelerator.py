@@ -37,7 +37,7 @@ def prepared(layout="spread", config=None, tp_size=1, wrap=None, plugin=None, ba
     world = num_ranks // tp_size
     LocMoePlugin(layout=layout, tp_size=tp_size, **{"slices": "1", **(plugin or {})}).activate()
     spread_every_model()
-    accelerator = LocMoeAccelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION, **options)
+    accelerator = LocMoeAccelerator(gradient_accumulation_steps=ACCUMULATION, **{"cpu": True, **options})
     set_seed(3)
     model = AutoModelForCausalLM.from_config(config or tiny_config(**LOCMOE))
     model = wrap(model) if wrap else model

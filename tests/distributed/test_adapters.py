@@ -13,7 +13,7 @@ import torch
 
 from hf_locmoe.distributed.expert_move import move_experts, placements_of
 from hf_locmoe.distributed.layouts import LAYOUTS
-from tests.distributed.adapter_runs import TARGETS, gradients_of_all, lora_config, whole, with_lora
+from tests.distributed.adapter_runs import TARGETS, compare_gradients, lora_config, whole, with_lora
 from tests.distributed.test_accelerator import prepared, train
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
@@ -91,24 +91,6 @@ def test_gradients_on_eight_ranks(ranks_per_node):
     choices = dict(), dict(plugin=dict(ep_size=2)), dict(tp_size=2), dict(plugin=SLICED, checkpointing=False)
     runs = [dict(layout=layout, **choice) for layout in LAYOUTS for choice in choices]
     compare_gradients(8, runs, ranks_per_node, num_experts=8, batch=8)
-
-
-def compare_gradients(world, runs, ranks_per_node="2", **common):
-    runs = [dict(run, **common) for run in runs]
-    family = runs[0].get("family", "locmoe")
-    targets = sorted({run.get("target", "both") for run in runs})
-    alone = run_ranks(gradients_of_all, 1, *(dict(common, family=family, target=target) for target in targets))[0]
-    truth = dict(zip(targets, alone))
-    env = {"LOCMOE_RANKS_PER_NODE": ranks_per_node}
-    for results in run_ranks(gradients_of_all, world, *runs, env=env, timeout_s=300):
-        for run, gradients in zip(runs, results, strict=True):
-            expected = truth[run.get("target", "both")]
-            assert gradients.keys() == expected.keys()
-            assert all(gradient.any() for gradient in expected.values())
-            try:
-                assert_close(gradients, expected)
-            except AssertionError as error:
-                raise AssertionError(f"{run}: {error}") from error
 
 
 def first_values():
