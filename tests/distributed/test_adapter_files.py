@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from hf_locmoe.distributed.layouts import LAYOUTS
+from hf_locmoe.training.accelerate_plugin import LocMoePlugin
+from hf_locmoe.training.accelerator import is_spread
 from tests.distributed.adapter_runs import base_config, with_lora
 from tests.distributed.test_accelerator import prepared
 from tests.harness import RankError, run_ranks
@@ -111,6 +113,32 @@ def test_a_spread_model_goes_on_with_the_adapter_of_one_process(tmp_path):
     for result in run_ranks(load_adapter, 2, tmp_path, [*SETTINGS, SHARDED_ADAPTER], env=ONE_EACH)[0]:
         assert_close(result, alone, torch.float32)
     assert_close(alone[2], logits_of(base_model()), torch.float32)
+
+
+def save_with_base(folder):
+    model = base_model()
+    model.save_pretrained(folder / "base")
+    model = with_lora(AutoModelForCausalLM.from_pretrained(folder / "base"))
+    model.save_pretrained(folder / "adapter")
+    return logits_of(model)
+
+
+def load_as_a_checkpoint(folder):
+    logits = []
+    for settings in [*SETTINGS, SHARDED_ADAPTER]:
+        LocMoePlugin(**settings, slices="1").activate()
+        model = AutoModelForCausalLM.from_pretrained(folder / "adapter")
+        assert is_spread(model)
+        logits.append(logits_of(model))
+    return logits
+
+
+@pytest.mark.slow
+def test_an_adapter_is_loaded_as_a_checkpoint(tmp_path):
+    """By transformers, which adds it to the base model by itself."""
+    expected = run_ranks(save_with_base, 1, tmp_path)[0]
+    for logits in run_ranks(load_as_a_checkpoint, 4, tmp_path, env={"LOCMOE_RANKS_PER_NODE": "2"})[0]:
+        assert_close(logits, expected, torch.float32)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

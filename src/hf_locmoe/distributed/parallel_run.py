@@ -218,6 +218,14 @@ class ParallelRunMixin(SpreadLayoutMixin):
         join_run(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
+        if mesh_manager is not None:  # a checkpoint may be an adapter, which is added before `from_pretrained` returns
+            fit_adapters_to_spread_models()
+            leave_experts_out_of_tensor_parallel_plan(model)
+        return model
+
     def save_pretrained(self, *args, **kwargs):
         if kwargs.get("state_dict") is not None:  # gathered by the caller, maybe on one rank alone
             return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
@@ -316,8 +324,6 @@ def model_size(model_class: type, config: Any) -> ModelSize:
 
 def join_run(model: Any) -> None:
     """What a sharded model has to know of the run: whose router statistics it shares, and which experts are near."""
-    fit_adapters_to_spread_models()
-    leave_experts_out_of_tensor_parallel_plan(model)
     base_model = model.base_model
     if not hasattr(base_model, "router_scope"):
         return
