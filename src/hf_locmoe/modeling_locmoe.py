@@ -164,7 +164,7 @@ class LocMoePreTrainedModel(ParallelRunMixin, SafePretrainedMixin, PreTrainedMod
             Two `torch.Tensor` scalars, float32.
         """
         scope = self.base_model.router_scope
-        sums = router_stats[:, [RouterStat.PROB_SUM, RouterStat.TOKENS]]
+        sums = router_stats[:, RouterStat.PROB_SUM : RouterStat.TOKENS + 1]  # a list as index is copied, and waited for
         over_all, over_node = scope.reduce(sums) if self.config.router_loss_scope == "global" else (sums, sums)
         (prob_sum, tokens), node_prob_sum = over_all.unbind(dim=1), over_node[:, 0]
         num_tokens, num_node_tokens = (

@@ -123,7 +123,9 @@ class LocMoeGate(Router):
         """The norm of each block's indicator: the square root of its size."""
         if min(self.block_sizes) == max(self.block_sizes):
             return math.sqrt(self.block_sizes[0])
-        return torch.tensor(self.block_sizes, dtype=torch.float32, device=device).sqrt()
+        # made where it is used: a list is copied to the device, and waited for
+        starts = torch.arange(self.num_experts + 1, device=device) * self.hidden_size // self.num_experts
+        return starts.diff().float().sqrt()
 
     @torch.no_grad()
     def update_state(self, tokens_per_expert: torch.Tensor, hidden_sum: torch.Tensor | None = None) -> None:
@@ -131,9 +133,7 @@ class LocMoeGate(Router):
         if self.uses_centering and hidden_sum is not None:
             mean = hidden_sum / (tokens_per_expert.sum() / self.top_k).clamp_min(1)
             # plain average over the first updates, exponential after
-            rate = torch.maximum(
-                1 / (self.hidden_mean_updates + 1), self.hidden_mean.new_tensor(1 - self.centering_momentum)
-            )
+            rate = (1 / (self.hidden_mean_updates + 1)).clamp_min(1 - self.centering_momentum)
             self.hidden_mean += rate * (mean.to(self.hidden_mean.dtype) - self.hidden_mean)
             self.hidden_mean_updates += 1
 

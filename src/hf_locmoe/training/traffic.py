@@ -44,6 +44,9 @@ class TrafficStats:
         self._groups: list[LocMoeProcessGroup] = []
         self._clock: ExchangeClock | None = None
         self._node = 0
+        # of the layers' experts: the nodes, and on the device which are this one's
+        self._homes: list[tuple[int, ...]] = []
+        self._near: torch.Tensor | None = None
         self._assignments: torch.Tensor | None = None  # (2, L): those for an expert of the token's node, and all
         self._traffic = Traffic()
         self._at_begin: Traffic | None = None
@@ -58,7 +61,7 @@ class TrafficStats:
             router_model (`nn.Module`, *optional*): The module in it that returns `router_stats`, where there is one.
         """
         self.reset()
-        self._layers, self._groups, self._base_model, self._clock = [], [], None, None
+        self._layers, self._groups, self._base_model, self._clock, self._near = [], [], None, None, None
         if model is None or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         self._base_model = None if router_model is None else router_model.base_model
@@ -109,10 +112,12 @@ class TrafficStats:
         routes = [layer.newest_routes for layer in self._layers]
         if not routes or any(route is None for route in routes) or len(set(self._layers[0].node_of_expert)) < 2:
             return None
-        homes = [[home == self._node for home in layer.node_of_expert] for layer in self._layers]
-        near = torch.tensor(homes, device=routes[0].device)
-        local = [mine[route.long()].sum() for mine, route in zip(near, routes, strict=True)]
-        return torch.stack([torch.stack(local), local[0].new_tensor([route.numel() for route in routes])])
+        homes = [tuple(layer.node_of_expert) for layer in self._layers]
+        if homes != self._homes or self._near is None:  # lists are copied to the device, which is waited for
+            near = [[home == self._node for home in layer] for layer in homes]
+            self._homes, self._near = homes, torch.tensor(near, device=routes[0].device)
+        local = [mine[route.long()].sum() for mine, route in zip(self._near, routes, strict=True)]
+        return torch.stack([torch.stack(local), torch.stack([local[0].new_full((), route.numel()) for route in routes])])
 
     def begin_step(self) -> None:
         """Where an optimizer step begins."""
