@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 
 
@@ -78,6 +79,18 @@ def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
     for item in items:
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _no_run_left_behind():
+    """A plugin that a test turns on in this process would hold for the models of all tests after it."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("LOCMOE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("LOCMOE_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+    if (module := sys.modules.get("hf_locmoe.distributed.parallel_run")) is not None:
+        module.set_parallel_run(None)
 
 
 @pytest.fixture(autouse=True)

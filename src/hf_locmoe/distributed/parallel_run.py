@@ -149,6 +149,28 @@ class ParallelRun:
 _run: ParallelRun | None = None
 _is_building = False
 
+# arguments of `from_pretrained` that say where a checkpoint is: the configuration's file and the weights'
+_OF_THE_HUB = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+# and those that are not for the configuration alone, which transformers itself gives to both
+_OF_THE_MODEL = (
+    "attn_implementation",
+    "device_map",
+    "dtype",
+    "experts_implementation",
+    "quantization_config",
+    "state_dict",
+    "torch_dtype",
+)
+
 
 def set_parallel_run(run: ParallelRun | None) -> None:
     """Sets the run for the models that are built from now on; None: models are whole, on every rank."""
@@ -202,7 +224,7 @@ class ParallelRunMixin(SpreadLayoutMixin):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
         config = kwargs.get("config")
         if config is None:
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path)
+            config, kwargs = _read_config(cls.config_class, pretrained_model_name_or_path, kwargs)
         kwargs["config"] = config = run.override(config)
         if not _in_distributed_job():
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[misc]
@@ -260,6 +282,14 @@ class ParallelRunMixin(SpreadLayoutMixin):
         model.train(source.training)
         join_run(model)
         return model
+
+
+def _read_config(config_class: Any, path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The configuration with those of the arguments of `from_pretrained` that are its fields, and the arguments left."""
+    mine = {name: value for name, value in kwargs.items() if name not in _OF_THE_MODEL}
+    config, left = config_class.from_pretrained(path, return_unused_kwargs=True, **mine)
+    kept = {*left, *_OF_THE_MODEL, *_OF_THE_HUB}
+    return config, {name: value for name, value in kwargs.items() if name in kept}
 
 
 def check_tied_vocabulary(config: Any, distributed_config: DistributedConfig) -> None:

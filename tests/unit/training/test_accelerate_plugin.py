@@ -4,18 +4,13 @@
 import json
 
 import pytest
+import torch
 
 from hf_locmoe import LocMoeConfig, LocMoeForCausalLM
 from hf_locmoe.distributed.layouts import ModelSize, SpreadConfig, layout_config
-from hf_locmoe.distributed.parallel_run import check_tied_vocabulary, current_parallel_run, set_parallel_run
+from hf_locmoe.distributed.parallel_run import check_tied_vocabulary, current_parallel_run
 from hf_locmoe.distributed.topology import NodeTopology
 from hf_locmoe.training.accelerate_plugin import LocMoePlugin
-
-
-@pytest.fixture(autouse=True)
-def no_run_left_behind():
-    yield
-    set_parallel_run(None)
 
 
 def tiny_config(**fields) -> LocMoeConfig:
@@ -92,6 +87,20 @@ def test_overrides_hold_for_the_run_and_are_not_saved(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "after")
     saved = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("before", "after")]
     assert saved[0] == saved[1]
+
+
+def test_a_script_changes_fields_of_the_configuration_as_it_loads(tmp_path):
+    LocMoeForCausalLM(tiny_config()).save_pretrained(tmp_path / "models" / "tiny")
+    LocMoePlugin(router_aux_loss_coef=0.5).activate()
+    given = dict(capacity_mode="critical", subfolder="tiny", experts_implementation="eager", revision="main")
+    model, info = LocMoeForCausalLM.from_pretrained(
+        tmp_path / "models", dtype=torch.bfloat16, output_loading_info=True, attn_implementation="eager", **given
+    )
+    assert model.config.capacity_mode == "critical" and model.config.router_aux_loss_coef == 0.5
+    assert model.config._attn_implementation == model.config._experts_implementation == "eager"
+    assert model.dtype == torch.bfloat16 and not info["unexpected_keys"]
+    with pytest.raises(TypeError, match="no_such_field"):
+        LocMoeForCausalLM.from_pretrained(tmp_path / "models" / "tiny", no_such_field=1)
 
 
 def test_an_override_that_does_not_fit_is_refused():
