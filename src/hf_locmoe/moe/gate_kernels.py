@@ -23,8 +23,10 @@ _MAX_BLOCK = 32768  # dimensions of an expert's block, all in registers
 _BACKWARD_CHUNK = 8  # tokens of a program of the backward
 _MAX_EXPERTS = 8192  # affinities of one token, all in registers
 _PROGRAMS = 512  # that many of the backward keep an H100 busy
-_REGISTERS = 128  # of a thread of the forward, so that a multiprocessor holds 16 of its warps
-_WARPS = 16 * 132  # of the forward: what an H100 holds
+# Of the forward, by the most experts: registers of a thread, and the warps of 32 threads that an H100 holds with them, on
+# 132 multiprocessors of 65536 registers. Few experts' sums need few registers, and more warps wait for memory together; many
+# experts' would spill.
+_LAUNCHES = ((48, 96, 20 * 132), (128, 128, 16 * 132), (_MAX_EXPERTS, 168, 12 * 132))
 _SUMMED_EXPERTS = 8  # of which a program adds the partial sums: 32 bytes, what memory moves at least
 _NUM_STATS, _NUM_SUMMED = 7, 4  # rows of `RouterStat`, and of those the ones that a gate sums itself
 
@@ -39,9 +41,14 @@ def _chunk(num_tokens: int, most: int) -> int:
     return max(1, min(most, power_of_2(num_tokens // _PROGRAMS)))
 
 
+def _launch_of(n: int) -> tuple[int, int]:
+    """Registers of a thread of the forward, and the warps that it is to have in all."""
+    return next((registers, warps) for most, registers, warps in _LAUNCHES if n <= most)
+
+
 @functools.lru_cache(maxsize=256)
 def _forward_layout(d: int, n: int) -> dict[str, int]:
-    """Tiles of `gate_kernel`, and its warps."""
+    """Tiles of `gate_kernel`, and a program's warps and registers."""
     align = 8 if d % 8 == 0 else 1
     starts = [i * d // n for i in range(n + 1)]
     widest = max(-(-end // align) * align - start // align * align for start, end in zip(starts, starts[1:]))
@@ -53,7 +60,7 @@ def _forward_layout(d: int, n: int) -> dict[str, int]:
     # one warp, so that no reduction leaves it, as long as its registers hold a tile and a token's affinities
     warps = max(1, window * size // (2 * _TILE), min(8, padded // 256))
     layout = {"WINDOW": window, "WINDOWS": -(-n // window), "SIZE_PAD": size, "ALIGN": align, "N_PAD": padded}
-    return {**layout, "num_warps": warps, "maxnreg": _REGISTERS}
+    return {**layout, "num_warps": warps, "maxnreg": _launch_of(n)[0]}
 
 
 @functools.lru_cache(maxsize=256)
@@ -92,7 +99,7 @@ def _route(
         stats.zero_()
         return outputs
     layout = _forward_layout(hidden_size, num_experts)
-    span = ceil_div(num_tokens * layout["num_warps"], _WARPS)
+    span = ceil_div(num_tokens * layout["num_warps"], _launch_of(num_experts)[1])
     programs = ceil_div(num_tokens, span)
     partials = counts = logits
     if sample_stride:

@@ -251,7 +251,7 @@ def test_gate_in_one_pass(num_tokens, hidden_size, num_experts, k, form, dtype, 
     """Logits, choice, weights, statistics and the gradient of all three, with a bias, a mask and noise."""
     monkeypatch.setattr(routing, "NUM_COSINE_SAMPLES", 8)
     monkeypatch.setattr(gate_kernels, "_PROGRAMS", 4)
-    monkeypatch.setattr(gate_kernels, "_WARPS", 4)
+    monkeypatch.setattr(gate_kernels, "_LAUNCHES", ((num_experts, 128, 4),))
     torch.manual_seed(0)
     cosine, relu, noisy, scaled = form in ("cosine", "scaled"), form == "papers", form != "mean", form == "scaled"
     settings = dict(num_experts=num_experts, num_experts_per_tok=k, gate_affinity="cosine" if cosine else "mean")
@@ -306,8 +306,16 @@ def test_gate_in_one_pass(num_tokens, hidden_size, num_experts, k, form, dtype, 
         assert_close(actual.float() / scale, expected.float() / scale, dtype)
 
 
+@pytest.mark.parametrize("num_experts", [1, 16, 48, 49, 128, 129, 256, 8192])
+def test_warps_that_are_there_together_fit_the_registers(num_experts):
+    registers, warps = gate_kernels._launch_of(num_experts)
+    assert registers == gate_kernels._forward_layout(8192, num_experts)["maxnreg"]
+    of_multiprocessor, rest = divmod(warps, 132)
+    assert rest == 0 and of_multiprocessor * 32 * registers <= 65536 < (of_multiprocessor + 2) * 32 * registers
+
+
 def test_many_partial_sums_and_the_same_bits_every_time(monkeypatch):
-    monkeypatch.setattr(gate_kernels, "_WARPS", 70)  # spans of 5 tokens
+    monkeypatch.setattr(gate_kernels, "_LAUNCHES", ((6, 128, 70),))  # spans of 5 tokens
     monkeypatch.setattr(gate_kernels, "_TILE", 64)  # several steps of adding partial sums, several windows of experts
     x, bias = torch.randn(300, 48, device=DEVICE), torch.zeros(6, device=DEVICE)
     runs = [gate_kernels.route_pooled(x, bias, None, 6, 2, True, False, False, None, 1) for _ in range(2)]
