@@ -61,6 +61,30 @@ class LocMoeSparseMoeBlock(nn.Module):
         if config.num_shared_experts:
             self.shared_experts = LocMoeMLP(config, config.num_shared_experts * config.moe_intermediate_size)
 
+    def limit_experts(self, num_tokens: int, only_changes: bool = False) -> tuple[int | None, bool, bool]:
+        """
+        Tells the experts what they take of a batch.
+
+        Args:
+            num_tokens (`int`): T.
+            only_changes (`bool`, *optional*, defaults to `False`): Not where they know it already. Under activation
+                checkpointing the compiler refuses to write to a module; without it, reading what is there would bind a
+                graph to one number of tokens.
+
+        Returns:
+            The capacity, whether what is over it is dropped and nothing else, and whether the experts do that themselves.
+        """
+        capacity = self.capacity_rule.capacity(num_tokens)
+        # what overflows is dropped: its number follows from the assignments, and "capacity_bmm" drops it by itself
+        has_tier = self.remote_tier is not None and self.training
+        drops = capacity is not None and self.capacity_overflow == "drop" and not has_tier
+        experts = without_adapters(self.experts)
+        limits_itself = limits_assignments(experts)
+        limits = capacity, not (drops and limits_itself)
+        if not only_changes or (experts.expert_capacity, experts.assignments_are_limited) != limits:
+            experts.expert_capacity, experts.assignments_are_limited = limits
+        return capacity, drops, limits_itself
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -68,25 +92,20 @@ class LocMoeSparseMoeBlock(nn.Module):
         domain_ids: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
         output_router_stats: bool = False,
+        is_checkpointed: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         tokens = hidden_states.flatten(0, 1)
         input_ids, domain_ids, token_mask = (
             None if ids is None else ids.flatten() for ids in (input_ids, domain_ids, token_mask)
         )
-        capacity = self.capacity_rule.capacity(tokens.shape[0])
         remote_tier = self.remote_tier if self.training else None
-        # what overflows is dropped: its number follows from the assignments, and "capacity_bmm" drops it by itself
-        drops = capacity is not None and self.capacity_overflow == "drop" and remote_tier is None
+        capacity, drops, limits_itself = self.limit_experts(tokens.shape[0], is_checkpointed)
         drops_over = capacity if drops else None
         logits, weights, wanted, *summed = self.gate(
             tokens, input_ids, domain_ids, token_mask, output_router_stats, drops_over
         )
         index, dropped, rerouted = wanted, None, None
-        experts = without_adapters(self.experts)
-        experts.expert_capacity, experts.assignments_are_limited = capacity, True
-        limits_itself = limits_assignments(experts)
         if drops and limits_itself:
-            experts.assignments_are_limited = False
             if token_mask is not None:  # padding takes no room
                 index = index.masked_fill(~token_mask.unsqueeze(-1), self.gate.num_experts)
         elif capacity is not None or remote_tier is not None:
@@ -228,7 +247,14 @@ class LocMoeDecoderLayer(GradientCheckpointingLayer):
         normed = self.post_attention_layernorm(hidden_states)
         if not self.is_sparse:
             return hidden_states + self.mlp(normed)
-        output, *statistics = self.mlp(normed, input_ids, domain_ids, token_mask, output_router_stats)
+        output, *statistics = self.mlp(
+            normed,
+            input_ids,
+            domain_ids,
+            token_mask,
+            output_router_stats,
+            self.gradient_checkpointing and self.training,
+        )
         hidden_states = hidden_states + output
         return (hidden_states, *statistics) if statistics else hidden_states
 

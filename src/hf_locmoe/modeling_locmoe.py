@@ -164,7 +164,8 @@ class LocMoePreTrainedModel(ParallelRunMixin, SafePretrainedMixin, PreTrainedMod
             Two `torch.Tensor` scalars, float32.
         """
         scope = self.base_model.router_scope
-        sums = router_stats[:, RouterStat.PROB_SUM : RouterStat.TOKENS + 1]  # a list as index is copied, and waited for
+        # a slice: a list as index is copied to the device, which is waited for
+        sums = router_stats[:, RouterStat.PROB_SUM : RouterStat.TOKENS + 1]
         over_all, over_node = scope.reduce(sums) if self.config.router_loss_scope == "global" else (sums, sums)
         (prob_sum, tokens), node_prob_sum = over_all.unbind(dim=1), over_node[:, 0]
         num_tokens, num_node_tokens = (
@@ -301,6 +302,8 @@ class LocMoeModel(LocMoePreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         statistics = []
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            if decoder_layer.is_sparse and self.gradient_checkpointing and self.training:
+                decoder_layer.mlp.limit_experts(shape.numel())  # before the layer, which may not where it is compiled
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=causal_mask,

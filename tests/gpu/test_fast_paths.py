@@ -215,3 +215,22 @@ def test_compiled_without_a_graph_break(capacity, dtype):
         loss.backward()
         results.append([loss.detach(), *gradients(model).values()])
     assert_close_by_scale(results[1], results[0], dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capacity", [{}, dict(capacity_mode="factor", expert_capacity_factor=1.0)])
+def test_layers_compiled_under_activation_checkpointing(capacity):
+    torch.compiler.reset()
+    ids, results = random_ids().cuda(), []
+    for compiled in (False, True):
+        model = tiny_model(gated_mlp=True, hidden_act="silu", num_experts_per_tok=2, **capacity)
+        model = model.cuda().bfloat16().train()
+        model.set_experts_implementation("capacity_bmm")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if compiled:
+            for layer in model.model.layers:
+                layer.compile(fullgraph=True, options={"emulate_precision_casts": True})
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        results.append([loss.detach(), *gradients(model).values()])
+    assert_close_by_scale(results[1], results[0], torch.bfloat16)

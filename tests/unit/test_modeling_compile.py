@@ -62,6 +62,22 @@ def test_a_training_step_is_one_graph(path):
     assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("path", ["dropless grouped_mm", "capacity"])
+def test_layers_under_activation_checkpointing_are_one_graph_each(path):
+    """Compiled one by one: the checkpoint is inside of the graph, where no module may be written to."""
+    ids, results = random_ids(2, 10), []
+    for compiled in (False, True):
+        model = build(path)
+        if compiled:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            for layer in model.model.layers:
+                layer.compile(fullgraph=True, backend="aot_eager")
+        outputs = model(input_ids=ids, labels=ids, use_cache=False)
+        outputs.loss.backward()
+        results.append([outputs.loss.detach(), outputs.router_stats, gradients(model)])
+    assert_close(results[1], results[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["dropless grouped_mm", "capacity"])
 def test_with_the_default_backend(path):

@@ -26,7 +26,7 @@ class RouterStat(IntEnum):
     """Rows of a layer's router statistics. Each is a sum over tokens, so micro-batches and ranks add up."""
 
     PROB_SUM = 0  # softmax probability of each expert; the differentiable row
-    TOKENS = 1  # assignments (a token counts k times), before any capacity; next to `PROB_SUM`, losses take both as a slice
+    TOKENS = 1  # assignments (a token counts k times), before any capacity; after `PROB_SUM`, for a slice of both
     DROPPED = 2  # assignments that found their expert full and were dropped to the residual, by the expert wanted
     REROUTED = 3  # assignments that found their expert full and went to another one, by the expert wanted
     ENTROPY_SUM = 4  # entropy of the token's distribution in nats, by its first expert

@@ -117,7 +117,9 @@ class TrafficStats:
             near = [[home == self._node for home in layer] for layer in homes]
             self._homes, self._near = homes, torch.tensor(near, device=routes[0].device)
         local = [mine[route.long()].sum() for mine, route in zip(self._near, routes, strict=True)]
-        return torch.stack([torch.stack(local), torch.stack([local[0].new_full((), route.numel()) for route in routes])])
+        return torch.stack(
+            [torch.stack(local), torch.stack([local[0].new_full((), route.numel()) for route in routes])]
+        )
 
     def begin_step(self) -> None:
         """Where an optimizer step begins."""
