@@ -25,7 +25,7 @@ from benchmarks.gpu_models import (
     release,
     set_capacity,
 )
-from benchmarks.gpu_timing import matmul_rate
+from benchmarks.gpu_timing import launch_us, matmul_rate
 from benchmarks.record import Record, Spread
 from hf_locmoe import loss_locmoe, rotary_locmoe
 from hf_locmoe.norm_locmoe import LocMoeRMSNorm
@@ -233,6 +233,21 @@ def _steps_of(size: str, rate: float, profiles: dict, quick: bool) -> tuple[list
     return steps.rows, router
 
 
+def _launch_costs(size: str) -> dict[str, Spread]:
+    """Microseconds of the host for a product of all experts, grouped and batched, of which a layer has six a step."""
+    geometry, num_experts = GEOMETRIES[size], NUM_EXPERTS[size]
+    num_rows, width = SEQUENCE * geometry["num_experts_per_tok"], geometry["hidden_size"]
+    options = dict(device=DEVICE, dtype=torch.bfloat16)
+    rows = torch.randn(num_rows, width, **options)
+    weights = torch.randn(num_experts, width, geometry["intermediate_size"], **options)
+    ends = torch.arange(1, num_experts + 1, device=DEVICE, dtype=torch.int32) * (num_rows // num_experts)
+    by_expert = rows.unflatten(0, (num_experts, -1))
+    return {
+        "grouped": launch_us(lambda: torch.nn.functional.grouped_mm(rows, weights, offs=ends)),
+        "batched": launch_us(lambda: torch.bmm(by_expert, weights)),
+    }
+
+
 def _step_record(size: str, theme: str, part: str, quick: bool) -> Record:
     rate, profiles = matmul_rate(), {}
     rows, router = _steps_of(size, rate, profiles, quick)
@@ -248,7 +263,7 @@ def _step_record(size: str, theme: str, part: str, quick: bool) -> Record:
         command=f"python -m benchmarks.bench_gpu --parts {part}{' --quick' if quick else ''}",
         rows=rows,
         columns=COLUMNS,
-        extra={"profiles_ms": profiles, "router": router},
+        extra={"profiles_ms": profiles, "router": router, "launch_us": _launch_costs(size)},
     )
 
 

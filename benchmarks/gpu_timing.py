@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,18 @@ def timed_graph_us(runs: list[Callable[[], Any]], repeats: int = 20) -> Spread:
     return _scaled(timed_ms(graph.replay, repeats), 1000 / len(runs))
 
 
+def launch_us(run: Callable[[], Any], repeats: int = 50) -> Spread:
+    """Microseconds that the host takes for one call, with nothing before it on the device."""
+    times = []
+    for _ in range(repeats + 3):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - started) * 1e6)
+    torch.cuda.synchronize()
+    return Spread.of(times[3:])
+
+
 def _scaled(spread: Spread, factor: float) -> Spread:
     values = (spread.median, spread.q1, spread.q3, spread.lowest, spread.highest)
     return Spread(spread.count, *(value * factor for value in values))
@@ -71,4 +84,4 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
-__all__ = ["copy_bandwidth", "matmul_rate", "relative_error", "timed_graph_us", "timed_ms"]
+__all__ = ["copy_bandwidth", "launch_us", "matmul_rate", "relative_error", "timed_graph_us", "timed_ms"]
