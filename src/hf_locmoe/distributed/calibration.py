@@ -101,4 +101,4 @@ def _side(device: torch.device) -> int:
 
 def _product_seconds(device: torch.device, dtype: torch.dtype) -> float:
     factors = torch.ones(_side(device), _side(device), dtype=dtype, device=device)
-    return _seconds(lambda: factors @ factors, device)
+    return _seconds(lambda: factors @ factors, device)[0]

@@ -32,6 +32,7 @@ _LEAST_GAIN = {"cpu": 0.05}
 _LEAST_GAIN_ON_ACCELERATORS = 0.15
 _LEAST_GAIN_OF_FAN_OUT = 0.15
 _PROBES = 8
+_PRODUCTS = 8
 # A message to each peer, long enough to see a rate: 10 ms at 200 Mbit/s, and on accelerators' links some 50 us.
 _PROBE_BYTES = {"cpu": 1 << 18}
 _PROBE_BYTES_ON_ACCELERATORS = 1 << 24
@@ -103,8 +104,8 @@ class CostModel:
         remote_bytes_per_s (`float`): bytes a second that one rank exchanges with other nodes.
         flops_per_s (`float`): floating-point operations a second of one rank.
         overlap (`float`, *optional*, defaults to 1.0):
-            Share of the shorter of a transfer and a computation that is saved when they run side by side. A link that is
-            slow by itself leaves the processor alone; copies between processes on a busy one save nothing.
+            Share of a transfer that leaves the processor to the computation: nearly all on a slow link, little where the
+            transfer is copies by the processor itself.
     """
 
     latency_s: float
@@ -116,8 +117,8 @@ class CostModel:
     @classmethod
     def measure(cls, peers: Peers, dtype: torch.dtype = torch.float32) -> CostModel:
         """
-        Times a few exchanges, a matrix product, in `dtype` on an accelerator, and both at once; collective over the group.
-        The slowest rank counts.
+        Times a few exchanges and one matrix product, in `dtype` on an accelerator; collective over the group. The slowest
+        rank counts.
         """
         same_node = peers.topology.same_node(peers.rank)
         device = peers.expert_to_rank.device
@@ -129,33 +130,17 @@ class CostModel:
         factors = factors if device.type == "cpu" else factors.to(dtype)
         near = [num_bytes if is_near else 0 for is_near in same_node]
         far = [num_bytes - bytes_near for bytes_near in near]
-        latency_s, node_local_s, remote_s = (
-            _seconds(_exchange(peers, sizes), device) for sizes in ([0] * peers.num_ranks, near, far)
-        )
-        exchange_s, exchange = (
-            (remote_s, _exchange(peers, far)) if any(far) else (node_local_s, _exchange(peers, near))
-        )
-
-        def compute(num_products: int = 1) -> None:
-            for _ in range(num_products):
-                factors @ factors
-
-        def both() -> None:
-            work = exchange(is_async=True)
-            compute(num_products)
-            work.wait()
-
-        # As long as the exchange: the rate that a rank keeps up, and what the two save side by side.
-        num_products = max(1, round(exchange_s / _seconds(compute, device)))
-        compute_s = _seconds(lambda: compute(num_products), device)
-        saved_s = exchange_s + compute_s - _seconds(both, device)
-        wasted = 1 - max(0.0, min(1.0, saved_s / min(exchange_s, compute_s)))
-        product_s = compute_s / num_products
+        latency_s, _ = _seconds(_exchange(peers, [0] * peers.num_ranks), device)
+        node_local_s, node_local_busy = _seconds(_exchange(peers, near), device)
+        remote_s, remote_busy = _seconds(_exchange(peers, far), device)
+        # several, for the rate that a rank keeps up beside others on its machine
+        products_s, _ = _seconds(lambda: [factors @ factors for _ in range(_PRODUCTS)], device)
+        busy = remote_busy if any(far) else node_local_busy
         slowest = torch.tensor(
-            [latency_s, node_local_s, remote_s, product_s, wasted], dtype=torch.float64, device=device
+            [latency_s, node_local_s, remote_s, products_s / _PRODUCTS, busy], dtype=torch.float64, device=device
         )
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=peers.group)
-        latency_s, node_local_s, remote_s, product_s, wasted = slowest.tolist()
+        latency_s, node_local_s, remote_s, product_s, busy = slowest.tolist()
         # The largest node's sizes, so that all ranks get the same numbers on uneven nodes too.
         num_near, num_far = peers.ranks_per_node, peers.num_ranks - min(peers.topology.node_sizes)
         return cls(
@@ -163,7 +148,7 @@ class CostModel:
             node_local_bytes_per_s=num_bytes * num_near / max(node_local_s - latency_s, 1e-6),
             remote_bytes_per_s=num_bytes * num_far / max(remote_s - latency_s, 1e-6) if num_far else float("inf"),
             flops_per_s=2 * side**3 / product_s,
-            overlap=1 - wasted,
+            overlap=1 - busy if device.type == "cpu" else 1.0,
         )
 
     def choose_slices(self, num_tokens: int, row_bytes: int, num_top_k: int, row_flops: float, peers: Peers) -> int:
@@ -232,25 +217,28 @@ def _copies_per_token(num_top_k: int, peers: Peers, fan_out: FanOut) -> tuple[fl
     return remote_nodes, (own - 1) * hit_rank + remote_ranks
 
 
-def _exchange(peers: Peers, sizes: list[int]) -> Callable[..., Any]:
+def _exchange(peers: Peers, sizes: list[int]) -> Callable[[], Any]:
     """An exchange of so many bytes with each rank, to be run again and again."""
     sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=peers.expert_to_rank.device)
     received = torch.empty_like(sent)
-    return lambda is_async=False: dist.all_to_all_single(
-        received, sent, sizes, sizes, group=peers.group, async_op=is_async
-    )
+    return lambda: dist.all_to_all_single(received, sent, sizes, sizes, group=peers.group)
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """The best of several; the first is not counted. What others do on the machine can only make one slower."""
-    seconds = []
-    for _ in range(1 + _PROBES):
+def _seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """
+    The best of several; the first is not counted. What others do on the machine can only make one slower. Also the share
+    of the time that this process's threads computed.
+    """
+    seconds, computed_s = [], 0.0
+    for probe in range(1 + _PROBES):
         _synchronize(device)
-        begin = time.perf_counter()
+        begin, begin_computed = time.perf_counter(), time.process_time()
         work()
         _synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds[1:])
+        if probe:
+            seconds.append(time.perf_counter() - begin)
+            computed_s += time.process_time() - begin_computed
+    return min(seconds), min(1.0, computed_s / sum(seconds))
 
 
 def _synchronize(device: torch.device) -> None:
