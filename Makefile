@@ -55,9 +55,10 @@ test-multiprocess: $(ENV) ## all tests that start several processes, eight and m
 test-gpu: $(ENV) ## the tests that need a CUDA device, compiling kernels on up to 16 cores
 	$(PYTEST) -n logical --maxprocesses=16 --dist=worksteal -m "gpu and not multigpu" $$(grep -rlE "mark\.gpu" --include="test_*.py" tests) $(ARGS)
 
-# Several at once: most of the time goes into starting ranks. More would take turns on the GPUs, which NCCL's kernels spin on.
+# Several at once: most of the time goes into starting ranks. More would take turns on the GPUs, which NCCL's kernels spin on, and
+# each takes some 18 GB of every GPU.
 test-multigpu: $(ENV) ## the tests that need several CUDA devices
-	$(PYTEST) -n logical --maxprocesses=4 --dist=worksteal -m multigpu $$(grep -rlE "mark\.multigpu" --include="test_*.py" tests) $(ARGS)
+	$(PYTEST) -n logical --maxprocesses=3 --dist=worksteal -m multigpu $$(grep -rlE "mark\.multigpu" --include="test_*.py" tests) $(ARGS)
 
 test-cluster: $(ENV) ## the tests on an emulated cluster (root and iproute2)
 	$(PYTEST) -m cluster $(ARGS)

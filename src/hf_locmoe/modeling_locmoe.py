@@ -35,7 +35,7 @@ from .distributed.router_scope import RouterScope
 from .layers_locmoe import LocMoeAttention, LocMoeDecoderLayer, LocMoeSparseMoeBlock
 from .loss_locmoe import causal_lm_loss
 from .moe.baseline_gates import HashGate, SwitchGate
-from .moe.experts import LocMoeExperts, LocMoeGatedExperts
+from .moe.experts import LocMoeExperts, LocMoeGatedExperts, kernels_serve_here
 from .moe.losses import load_balancing_loss, locality_loss
 from .moe.overflow import CapacityRule, RemoteTier
 from .moe.routing import Router, RouterStat
@@ -115,6 +115,12 @@ class LocMoePreTrainedModel(ParallelRunMixin, SafePretrainedMixin, PreTrainedMod
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for its decorator in this file's source; the experts are in moe/experts.py
         return True
+
+    def get_correct_experts_implementation(self, requested_experts):
+        """Where nothing is asked for, `"capacity_bmm"` if its kernels serve, else transformers' choice."""
+        if requested_experts is None and kernels_serve_here():
+            requested_experts = "capacity_bmm"
+        return super().get_correct_experts_implementation(requested_experts)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

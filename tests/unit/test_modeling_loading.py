@@ -238,8 +238,12 @@ def test_config_round_trip(tmp_path):
     assert first == second
 
 
-def test_experts_implementation_is_chosen_where_the_model_is_made_and_not_saved(tmp_path):
-    chosen = {"experts_implementation": "capacity_bmm"}
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_experts_implementation_is_chosen_where_the_model_is_made_and_not_saved(tmp_path, monkeypatch, has_kernels):
+    monkeypatch.setattr("hf_locmoe.modeling_locmoe.kernels_serve_here", lambda: has_kernels)
+    default = "capacity_bmm" if has_kernels else "grouped_mm"
+    another = "grouped_mm" if has_kernels else "capacity_bmm"
+    chosen = {"experts_implementation": another}
     model = LocMoeForCausalLM(tiny_config(**chosen))
     model.save_pretrained(tmp_path)
     models = [
@@ -249,9 +253,9 @@ def test_experts_implementation_is_chosen_where_the_model_is_made_and_not_saved(
         AutoModelForCausalLM.from_pretrained(tmp_path, **chosen),
     ]
     for each in models:
-        assert each.sparse_blocks[0].experts.config._experts_implementation == "capacity_bmm"
-    default = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert default.sparse_blocks[0].experts.config._experts_implementation == "grouped_mm"
+        assert each.sparse_blocks[0].experts.config._experts_implementation == another
+    for each in (AutoModelForCausalLM.from_pretrained(tmp_path), LocMoeForCausalLM(tiny_config())):
+        assert each.sparse_blocks[0].experts.config._experts_implementation == default
 
 
 def test_nothing_of_the_run_is_in_config_json(saved):

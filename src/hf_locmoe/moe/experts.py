@@ -91,6 +91,11 @@ def without_adapters(experts: nn.Module) -> nn.Module:
     return experts
 
 
+def kernels_serve_here() -> bool:
+    """Whether the kernels of `"capacity_bmm"` run on this machine: Triton and a CUDA device."""
+    return bool(ACTIVATIONS) and torch.cuda.is_available()
+
+
 def limits_assignments(experts: nn.Module) -> bool:
     """Whether these experts keep to `expert_capacity` by themselves, dropping what is over it."""
     return experts.config._experts_implementation == "capacity_bmm" and not getattr(

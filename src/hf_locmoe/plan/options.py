@@ -29,8 +29,8 @@ from .quantities import quantity
 from .table import format_plan
 
 
-# What training steps of transformers' OLMoE reached of the rate of a large product, 0.21 to 0.26; LocMoE reached 0.27 to 0.50
-# on one GPU (benchmarks/results/model_step_h200_202611.md).
+# What training steps of transformers' OLMoE reached of the rate of a large product, 0.21 to 0.23; LocMoE reached 0.30 to 0.51
+# on one GPU (benchmarks/results/model_step_h100_202611.md).
 DEFAULT_UTILIZATION = 0.25
 DEFAULT_LATENCY_INTER_S = 1e-5
 DEFAULT_LATENCY_INTRA_S = 5e-6
