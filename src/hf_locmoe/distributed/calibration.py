@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from .dispatch import Peers
 from .expert_parallel import job_topology
-from .overlap import CostModel, _seconds
+from .overlap import CostModel, _measure
 
 
 # Products large enough for the device's rate; a few of them take well under a second.
@@ -101,4 +101,4 @@ def _side(device: torch.device) -> int:
 
 def _product_seconds(device: torch.device, dtype: torch.dtype) -> float:
     factors = torch.ones(_side(device), _side(device), dtype=dtype, device=device)
-    return _seconds(lambda: factors @ factors, device)[0]
+    return _measure(lambda: factors @ factors, device).best_s

@@ -16,7 +16,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -130,14 +131,15 @@ class CostModel:
         factors = factors if device.type == "cpu" else factors.to(dtype)
         near = [num_bytes if is_near else 0 for is_near in same_node]
         far = [num_bytes - bytes_near for bytes_near in near]
-        latency_s, _ = _seconds(_exchange(peers, [0] * peers.num_ranks), device)
-        node_local_s, node_local_busy = _seconds(_exchange(peers, near), device)
-        remote_s, remote_busy = _seconds(_exchange(peers, far), device)
-        # several, for the rate that a rank keeps up beside others on its machine
-        products_s, _ = _seconds(lambda: [factors @ factors for _ in range(_PRODUCTS)], device)
-        busy = remote_busy if any(far) else node_local_busy
+        empty = _measure(_exchange(peers, [0] * peers.num_ranks), device)
+        node_local = _measure(_exchange(peers, near), device)
+        remote = _measure(_exchange(peers, far), device)
+        products = _measure(lambda: [factors @ factors for _ in range(_PRODUCTS)], device)
+        # of products what is usual, since ranks that share a processor keep up less than the best of it
+        product_s = products.usual_s / _PRODUCTS
+        busy = (remote if any(far) else node_local).busy
         slowest = torch.tensor(
-            [latency_s, node_local_s, remote_s, products_s / _PRODUCTS, busy], dtype=torch.float64, device=device
+            [empty.best_s, node_local.best_s, remote.best_s, product_s, busy], dtype=torch.float64, device=device
         )
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=peers.group)
         latency_s, node_local_s, remote_s, product_s, busy = slowest.tolist()
@@ -224,11 +226,16 @@ def _exchange(peers: Peers, sizes: list[int]) -> Callable[[], Any]:
     return lambda: dist.all_to_all_single(received, sent, sizes, sizes, group=peers.group)
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """
-    The best of several; the first is not counted. What others do on the machine can only make one slower. Also the share
-    of the time that this process's threads computed.
-    """
+class _Timing(NamedTuple):
+    """The best of several, what others do on the machine can only make one slower; the median; and the processor's share."""
+
+    best_s: float
+    usual_s: float
+    busy: float
+
+
+def _measure(work: Callable[[], Any], device: torch.device) -> _Timing:
+    """Times some work several times; the first is not counted."""
     seconds, computed_s = [], 0.0
     for probe in range(1 + _PROBES):
         _synchronize(device)
@@ -238,7 +245,7 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, floa
         if probe:
             seconds.append(time.perf_counter() - begin)
             computed_s += time.process_time() - begin_computed
-    return min(seconds), min(1.0, computed_s / sum(seconds))
+    return _Timing(min(seconds), median(seconds), min(1.0, computed_s / sum(seconds)))
 
 
 def _synchronize(device: torch.device) -> None:

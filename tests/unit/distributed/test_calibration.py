@@ -10,6 +10,7 @@ import torch
 
 from hf_locmoe.distributed import calibration
 from hf_locmoe.distributed.calibration import Calibration, calibrate
+from hf_locmoe.distributed.overlap import _Timing
 from tests.harness import run_ranks
 
 
@@ -20,7 +21,7 @@ def test_one_process_measures_its_device_only():
 
 
 def test_operations_are_those_of_a_product(monkeypatch):
-    monkeypatch.setattr(calibration, "_seconds", lambda work, device: (0.5, 1.0))
+    monkeypatch.setattr(calibration, "_measure", lambda work, device: _Timing(0.5, 0.6, 1.0))
     monkeypatch.setattr(calibration, "_side", lambda device: 100)
     assert calibrate(torch.bfloat16).product_flops_per_s == 2 * 100**3 / 0.5
 
