@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,6 +57,19 @@ def with_lora(model: Any, target: str = "both", **settings: Any) -> Any:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def losses_of_training(accelerator, model, optimizer, loader) -> Iterator[float]:
+    """Trains, and gives the loss of each micro-batch over all ranks once its step has been taken."""
+    model.train()
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            mean = accelerator.gather(loss.detach()).mean().item()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield mean
 
 
 def adapter_gradients(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from hf_locmoe.distributed.layouts import LAYOUTS
 from hf_locmoe.training.accelerate_plugin import LocMoePlugin
 from hf_locmoe.training.accelerator import is_spread
-from tests.distributed.adapter_runs import base_config, with_lora
+from tests.distributed.adapter_runs import base_config, losses_of_training, with_lora
 from tests.distributed.test_accelerator import prepared
 from tests.harness import RankError, run_ranks
 from tests.tiny_models import random_ids
@@ -85,17 +87,8 @@ def load_adapter(folder, all_settings):
             return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
 
         accelerator, model, optimizer, loader = prepared(wrap=loaded, **settings)
-        before, losses = logits_of(model), []
-        model.train()
-        for batch in loader:
-            with accelerator.accumulate(model):
-                loss = model(**batch).loss
-                losses.append(accelerator.gather(loss.detach()).mean().item())
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            if len(losses) == 4:
-                break
+        before = logits_of(model)
+        losses = list(islice(losses_of_training(accelerator, model, optimizer, loader), 4))
         with accelerator.unwrap_model(model).disable_adapter():
             switched_off = logits_of(model)
         results.append((before, losses, switched_off))

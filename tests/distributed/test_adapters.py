@@ -13,7 +13,14 @@ import torch
 
 from hf_locmoe.distributed.expert_move import move_experts, placements_of
 from hf_locmoe.distributed.layouts import LAYOUTS
-from tests.distributed.adapter_runs import TARGETS, compare_gradients, lora_config, whole, with_lora
+from tests.distributed.adapter_runs import (
+    TARGETS,
+    compare_gradients,
+    lora_config,
+    losses_of_training,
+    whole,
+    with_lora,
+)
 from tests.distributed.test_accelerator import prepared, train
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
@@ -112,14 +119,8 @@ def test_adapters_begin_as_on_one_process():
 def train_while_experts_move(moves):
     accelerator, model, optimizer, loader = prepared(wrap=with_lora, layout="spread")
     draw, losses = torch.Generator().manual_seed(3), []
-    model.train()
-    for batch in loader:
-        with accelerator.accumulate(model):
-            loss = model(**batch).loss
-            losses.append(accelerator.gather(loss.detach()).mean().item())
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+    for loss in losses_of_training(accelerator, model, optimizer, loader):
+        losses.append(loss)
         if moves and accelerator.sync_gradients:
             tables = [
                 tuple(table[expert] for expert in torch.randperm(4, generator=draw).tolist())
